@@ -1,0 +1,1 @@
+"""Weight files to state dicts and configurations, without running anything in them."""

@@ -1,0 +1,1 @@
+"""Samples to tensors: transforms, tokenizers, splits, batches, phantoms."""

@@ -1,0 +1,1 @@
+"""Tensors to vectors: the towers, their assembly and the catalog."""

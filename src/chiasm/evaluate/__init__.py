@@ -1,0 +1,1 @@
+"""Results and truth to scores, figures and pages."""

@@ -1,0 +1,1 @@
+"""Encoder, image and text to a heat map."""

@@ -1,0 +1,1 @@
+"""Disk to images, text and stored embeddings, and back."""

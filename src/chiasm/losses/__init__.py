@@ -1,0 +1,1 @@
+"""Pure functions from vectors to a scalar."""

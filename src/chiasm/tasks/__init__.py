@@ -1,0 +1,1 @@
+"""Embeddings to results; a task never sees a model."""

@@ -1,0 +1,1 @@
+"""Batches, encoder and loss to weights."""

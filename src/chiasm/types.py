@@ -1,0 +1,282 @@
+"""The nouns that travel between the folders: samples, preprocessing, spaces, embeddings, numbers with intervals.
+
+Nothing here knows torch, files or models. Everything is frozen, so a value can be shared and hashed into a digest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from chiasm.errors import InputError, SpaceMismatch
+
+Modality = Literal["image", "text"]
+LabelValue = str | int | float | None
+
+
+def digest_of(value: object, length: int = 12) -> str:
+    """Return the first ``length`` hex digits of the SHA-256 of a JSON-serialisable value (keys sorted)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How an encoder wants its images: a declaration that ``data.transforms`` turns into code.
+
+    Attributes:
+        size: Side of the square model input, in pixels.
+        resize: ``shortest`` scales the shorter side to ``size``; ``squash`` ignores the aspect ratio;
+            ``longest_pad`` scales the longer side to ``size`` and pads with ``fill``.
+        crop: ``center`` after ``shortest``; ``none`` otherwise.
+        interpolation: Pillow's filter.
+        rgb: When the image is converted to RGB. OpenAI CLIP and open_clip resize in the file's own mode and convert
+            after it; transformers converts before it. The order changes palette, 1-bit and RGBA images.
+        mean: Per channel, of pixels scaled to [0, 1].
+        std: Per channel, of pixels scaled to [0, 1].
+        fill: Grey value (0..255) of padding.
+    """
+
+    size: int = 224
+    resize: Literal["shortest", "squash", "longest_pad"] = "shortest"
+    crop: Literal["center", "none"] = "center"
+    interpolation: Literal["bicubic", "bilinear", "lanczos", "nearest"] = "bicubic"
+    rgb: Literal["after_resize", "before_resize"] = "after_resize"
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    fill: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain JSON values."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Rebuild from :meth:`to_dict`; unknown keys raise ``InputError``."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        for key in values:
+            if key not in known:
+                raise InputError(f"unknown preprocess field `{key}`", hint=f"known fields: {', '.join(sorted(known))}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+    @property
+    def digest(self) -> str:
+        """Short hash that changes with any field."""
+        return digest_of(self.to_dict())
+
+
+@dataclass(frozen=True)
+class Space:
+    """The identity of an embedding space: which encoder, which weights, which preprocessing.
+
+    Two vectors may be compared only when their spaces are equal.
+    """
+
+    encoder: str
+    weights: str
+    preprocess: str
+    dim: int
+
+    def __str__(self) -> str:
+        return f"{self.encoder}@{self.weights[:6]}.{self.preprocess[:4]}/{self.dim}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Rebuild from :meth:`to_dict`."""
+        return cls(**dict(values))
+
+
+@dataclass(frozen=True)
+class Box:
+    """A labelled rectangle in image pixels, origin top left, right and bottom edges exclusive."""
+
+    x0_px: float
+    y0_px: float
+    x1_px: float
+    y1_px: float
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row of a data set: an image, a text, or both, with what must keep it on one side of a split.
+
+    Attributes:
+        id: Unique within its table.
+        image: Path of the image file, or None for text-only rows.
+        text: Caption, note or report, or None for image-only rows.
+        patient: Group that must not be split; None when unknown (then ``group`` falls back to study, slide, id).
+        labels: Column name -> value; None means "not labelled" (never "negative").
+        split: ``train``, ``val``, ``test`` ... as given by the data set, or None.
+        boxes: Where findings lie, when known.
+    """
+
+    id: str
+    image: Path | None = None
+    text: str | None = None
+    patient: str | None = None
+    study: str | None = None
+    slide: str | None = None
+    labels: Mapping[str, LabelValue] = field(default_factory=dict)
+    split: str | None = None
+    boxes: tuple[Box, ...] = ()
+
+    @property
+    def group(self) -> str:
+        """The widest known group: patient, else slide, else study, else the id itself."""
+        return self.patient or self.slide or self.study or self.id
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number with its 95 % interval, the count behind it and what chance would give.
+
+    ``low``/``high`` are NaN when no interval could be computed (one group only, say); ``chance`` is None where
+    chance has no meaning.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+    chance: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return ``{"value", "low", "high", "n", "chance"}`` with NaN as None, so that it is valid JSON."""
+
+        def plain(x: float | None) -> float | None:
+            return None if x is None or not np.isfinite(x) else float(x)
+
+        return {
+            "value": plain(self.value),
+            "low": plain(self.low),
+            "high": plain(self.high),
+            "n": int(self.n),
+            "chance": plain(self.chance),
+        }
+
+    def __str__(self) -> str:
+        text = f"{self.value:.3f}"
+        if np.isfinite(self.low) and np.isfinite(self.high):
+            text += f" [{self.low:.3f}, {self.high:.3f}]"
+        return text
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Vectors of one modality in one space, with the rows' identity: the only thing that tasks see.
+
+    Attributes:
+        vectors: float32, shape (n, dim).
+        ids: One per row, unique.
+        space: Identity of the space; tasks refuse to compare two spaces.
+        modality: What was embedded.
+        normalized: Whether rows have unit L2 norm.
+        logit_scale: The multiplier of cosines (exp of the trained parameter), None when the model has none.
+        logit_bias: Added after the scale (SigLIP), None when the model has none.
+        texts: The text of each row, where there is one.
+        paths: The image path of each row, where there is one.
+        patients: The group of each row, for splits and clustered intervals.
+        labels: Column name -> one value a row; None means "not labelled".
+    """
+
+    vectors: NDArray[np.float32]
+    ids: tuple[str, ...]
+    space: Space
+    modality: Modality
+    normalized: bool = True
+    logit_scale: float | None = None
+    logit_bias: float | None = None
+    texts: tuple[str | None, ...] | None = None
+    paths: tuple[str | None, ...] | None = None
+    patients: tuple[str | None, ...] | None = None
+    labels: Mapping[str, tuple[LabelValue, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        vectors = np.ascontiguousarray(self.vectors, dtype=np.float32)
+        object.__setattr__(self, "vectors", vectors)
+        object.__setattr__(self, "ids", tuple(self.ids))
+        if vectors.ndim != 2:
+            raise InputError(f"embeddings must have shape (n, dim), got {vectors.shape}")
+        if vectors.shape[1] != self.space.dim:
+            raise InputError(f"vectors have {vectors.shape[1]} dimensions, their space {self.space} has {self.space.dim}")
+        columns: dict[str, Sequence[object] | None] = {
+            "ids": self.ids,
+            "texts": self.texts,
+            "paths": self.paths,
+            "patients": self.patients,
+            **{f"labels[{k}]": v for k, v in self.labels.items()},
+        }
+        for name, column in columns.items():
+            if column is not None and len(column) != len(vectors):
+                raise InputError(f"{name} has {len(column)} entries for {len(vectors)} vectors")
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    @property
+    def dim(self) -> int:
+        """Number of dimensions of the space."""
+        return self.space.dim
+
+    def normalize(self) -> Embeddings:
+        """Return the same rows with unit L2 norm (a zero row stays zero)."""
+        if self.normalized:
+            return self
+        norms = np.linalg.norm(self.vectors, axis=1, keepdims=True)
+        return dataclasses.replace(self, vectors=self.vectors / np.maximum(norms, 1e-12), normalized=True)
+
+    def select(self, rows: ArrayLike) -> Embeddings:
+        """Return the rows given by an index array or a boolean mask, in that order."""
+        index = np.asarray(rows)
+        if index.dtype == bool:
+            index = np.flatnonzero(index)
+        index = index.astype(np.int64)
+
+        def pick(column: Sequence[Any] | None) -> tuple[Any, ...] | None:
+            return None if column is None else tuple(column[int(i)] for i in index)
+
+        return dataclasses.replace(
+            self,
+            vectors=self.vectors[index],
+            ids=tuple(self.ids[int(i)] for i in index),
+            texts=pick(self.texts),
+            paths=pick(self.paths),
+            patients=pick(self.patients),
+            labels={k: tuple(v[int(i)] for i in index) for k, v in self.labels.items()},
+        )
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The group of each row for clustered statistics: its patient, else its id."""
+        if self.patients is None:
+            return self.ids
+        return tuple(p if p is not None else i for p, i in zip(self.patients, self.ids, strict=True))
+
+
+def check_same_space(*embeddings: Embeddings) -> Space:
+    """Return the one space of all arguments.
+
+    Raises:
+        SpaceMismatch: When two of them differ; their similarity would have no meaning.
+    """
+    first = embeddings[0].space
+    for other in embeddings[1:]:
+        if other.space != first:
+            raise SpaceMismatch(
+                f"embeddings come from two spaces: `{first}` and `{other.space}`; their similarity has no meaning",
+                hint="embed both sides with the same model",
+            )
+    return first
