@@ -35,7 +35,23 @@ _PUBLIC = {
     "Space": "chiasm.types",
 }
 
-__all__ = [*_PUBLIC, "__version__"]  # noqa: PLE0604 - names are strings
+__all__ = [
+    "ChiasmError",
+    "Embeddings",
+    "Encoder",
+    "Interval",
+    "Preprocess",
+    "Sample",
+    "Space",
+    "__version__",
+    "create_model_and_transforms",
+    "embed_images",
+    "embed_texts",
+    "get_tokenizer",
+    "list_models",
+    "load",
+    "open_store",
+]
 
 
 def __getattr__(name: str) -> Any:

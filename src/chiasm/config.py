@@ -131,9 +131,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
                 raise ConfigError(f"`{where}` must have {len(args)} items, got {len(value)}")
             items = [_convert(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True))]
         return items if origin is list else tuple(items)
-    if (origin is dict or (origin is not None and isinstance(origin, type) and issubclass(origin, Mapping))) and isinstance(
-        value, Mapping
-    ):
+    if (
+        origin is dict or (origin is not None and isinstance(origin, type) and issubclass(origin, Mapping))
+    ) and isinstance(value, Mapping):
         _, inner = get_args(hint)
         return {str(k): _convert(inner, v, f"{where}.{k}") for k, v in value.items()}
     if hint is bool and isinstance(value, bool):

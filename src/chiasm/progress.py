@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol, Self
 
 if TYPE_CHECKING:
-    from rich.progress import TaskID
     from rich.progress import Progress as _RichBar
+    from rich.progress import TaskID
 
 
 class Progress(Protocol):

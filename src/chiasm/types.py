@@ -211,7 +211,9 @@ class Embeddings:
         if vectors.ndim != 2:
             raise InputError(f"embeddings must have shape (n, dim), got {vectors.shape}")
         if vectors.shape[1] != self.space.dim:
-            raise InputError(f"vectors have {vectors.shape[1]} dimensions, their space {self.space} has {self.space.dim}")
+            raise InputError(
+                f"vectors have {vectors.shape[1]} dimensions, their space {self.space} has {self.space.dim}"
+            )
         columns: dict[str, Sequence[object] | None] = {
             "ids": self.ids,
             "texts": self.texts,

@@ -1,0 +1,52 @@
+# make setup   create .venv and install chiasm with pinned versions
+# make demo    pretrain a CLIP on phantoms, classify, search and explain with it; opens nothing, writes ./demo
+# make test    the whole test suite, then style and types
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+export HF_HUB_OFFLINE := 1
+
+.PHONY: setup demo test lint coverage peers test-peers golden bench clean
+
+setup: $(VENV)/.installed
+
+# torch comes first and alone: resolved together with anything else it may become a CUDA build of several gigabytes.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(PIP) install -q -c constraints.txt -e '.[dev,pretrained-demo,data]'
+	$(BIN)/python -c "import torch; v = torch.__version__; assert v.split('+')[0] == '$$(sed -n 's/^torch==//p' constraints.txt)', v; assert not '$(CI)' or torch.version.cuda is None, 'a CUDA build of torch slipped in'"
+	touch $@
+
+demo: setup
+	$(BIN)/chiasm demo --out demo
+
+# Two workers: one per core of the smallest machine we support; threads inside a worker would only fight.
+test: setup lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not peer"
+
+lint: setup
+	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/ruff format --check src tests benchmarks examples
+	$(BIN)/mypy
+
+coverage: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not peer" --cov --cov-report=term:skip-covered --cov-fail-under=90
+
+# A second environment with the packages that chiasm is compared with; none of them enters .venv.
+peers: setup
+	bash tools/make_peers.sh
+
+test-peers: peers
+	.venv-peers/bin/python -m pytest -m peer tests/parity
+
+golden: peers
+	.venv-peers/bin/python tests/golden/make_tokens.py
+
+bench: setup
+	$(BIN)/python benchmarks/loss.py
+	$(BIN)/python benchmarks/cold_start.py
+
+clean:
+	rm -rf $(VENV) .venv-peers demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,91 @@
+"""What all commands share: options of the same meaning, JSON or tables on standard output, errors on standard error."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, ParamSpec
+
+import typer
+
+from chiasm.errors import ChiasmError
+from chiasm.progress import Progress, RichProgress, SilentProgress
+
+P = ParamSpec("P")
+
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", help="A name from `chiasm models`, or a model file or folder.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything drawn at random.")]
+BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Images or texts per forward pass.")]
+FamilyOption = Annotated[
+    str | None,
+    typer.Option("--family", help="What a bare weight file is (openai, open_clip): its keys cannot tell."),
+]
+CodeOption = Annotated[
+    bool, typer.Option("--allow-code", help="Run a Python module that the model folder names as its tower.")
+]
+
+
+def guard(function: Callable[P, None]) -> Callable[P, None]:
+    """Return ``function`` with chiasm's errors printed as ``error:``/``hint:`` and turned into exit code 1."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            function(*args, **kwargs)
+        except ChiasmError as error:
+            if os.environ.get("CHIASM_DEBUG"):
+                raise
+            report_error(error.message, error.hint)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt as stop:
+            note = str(stop) or "interrupted"
+            report_error(note, None)
+            raise typer.Exit(130) from None
+        except BrokenPipeError:
+            # The reader (`head`, say) went away: nothing is wrong, and Python must not complain at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+
+    return run
+
+
+def report_error(message: str, hint: str | None) -> None:
+    """Print ``error:`` and ``hint:`` on standard error."""
+    print(f"error: {message}", file=sys.stderr)
+    if hint:
+        print(f"hint: {hint}", file=sys.stderr)
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document; NaN and infinities are a bug and raise."""
+    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str | None = None) -> None:
+    """Print a plain table; columns whose cells are all numbers or intervals are right-aligned."""
+    cells = [[str(c) for c in row] for row in rows]
+    widths = [max([len(h), *(len(r[i]) for r in cells)]) for i, h in enumerate(columns)]
+    right = [bool(cells) and all(r[i][:1].isdigit() or r[i] in ("", "-") for r in cells) for i in range(len(columns))]
+    if title:
+        print(title)
+
+    def line(values: Sequence[str]) -> str:
+        parts = [v.rjust(w) if r else v.ljust(w) for v, w, r in zip(values, widths, right, strict=True)]
+        return "  " + "  ".join(parts).rstrip()
+
+    print(line(list(columns)))
+    print("  " + "  ".join("─" * w for w in widths))
+    for row in cells:
+        print(line(row))
+
+
+def make_progress(as_json: bool, *, unit: str = "it") -> Progress:
+    """Return the bar for people, silence for machines."""
+    return SilentProgress() if as_json else RichProgress(unit=unit)
