@@ -1,0 +1,312 @@
+"""The face of a loaded encoder: images and texts in, vectors out, with everything needed to use them rightly.
+
+In: a built model and its :class:`EncoderConfig`. Out: :class:`Encoder`, which ``chiasm.load`` returns. Everything runs
+in inference mode and in eval mode; nothing is kept between calls but the digest of the weights, so one encoder may
+serve many threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from chiasm.errors import InputError
+from chiasm.types import Embeddings, Preprocess, Space, check_same_space
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from chiasm.data.tokenizers import Tokenizer, Tokens
+    from chiasm.encoders.base import EncoderConfig
+    from chiasm.encoders.dual import DualEncoder
+
+    Item = str | Path | Image
+
+
+def weights_digest(state_dict: Mapping[str, Tensor]) -> str:
+    """Return 16 hex digits of the SHA-256 of all tensors: sorted names, dtypes, shapes and bytes.
+
+    The device, the order of the names and the file format do not matter; any changed bit does.
+    """
+    sha = hashlib.sha256()
+    for name in sorted(state_dict):
+        tensor = state_dict[name].detach()
+        sha.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        sha.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()[:16]
+
+
+class Encoder:
+    """An image tower and a text tower that share a space, with their preprocessing, tokenizer and scale.
+
+    Args:
+        model: The module; it is switched to eval mode, also later if somebody switched it back.
+        config: What the model was built from.
+        name: Name of the encoder; part of its space.
+        tokenizer: None: made from ``config.tokenizer``.
+
+    Attributes:
+        model: The underlying ``nn.Module``.
+        config: Its declaration.
+        name: Its name.
+    """
+
+    def __init__(
+        self, model: DualEncoder, config: EncoderConfig, *, name: str, tokenizer: Tokenizer | None = None
+    ) -> None:
+        self.model = model.eval()
+        self.config = config
+        self.name = name
+        self._tokenizer = tokenizer
+        self._preprocess: Callable[[Image], Tensor] | None = None
+        self._digest: tuple[object, str] | None = None
+
+    def __repr__(self) -> str:
+        return f"Encoder({self.name!r}, dim={self.dim}, device={str(self.device)!r})"
+
+    @property
+    def dim(self) -> int:
+        """Dimensions of the joint space."""
+        return self.config.projection.dim
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self.model.logit_scale.device
+
+    @property
+    def preprocess_spec(self) -> Preprocess:
+        """The declaration behind :attr:`preprocess`."""
+        return self.config.preprocess
+
+    @property
+    def preprocess(self) -> Callable[[Image], Tensor]:
+        """The function PIL image -> float32 tensor (3, height, width)."""
+        if self._preprocess is None:
+            from chiasm.data.transforms import image_transform
+
+            self._preprocess = image_transform(self.config.preprocess)
+        return self._preprocess
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that belongs to the text tower."""
+        if self._tokenizer is None:
+            from chiasm.data.tokenizers import make_tokenizer
+
+            self._tokenizer = make_tokenizer(self.config.tokenizer)
+        return self._tokenizer
+
+    @property
+    def logit_scale(self) -> float:
+        """The multiplier of cosines, about 100 after training: NOT its logarithm, which the state dict holds."""
+        return float(self.model.logit_scale.detach().double().exp())
+
+    @property
+    def logit_bias(self) -> float | None:
+        """What SigLIP adds after the scale; None for a model without."""
+        bias = self.model.logit_bias
+        return None if bias is None else float(bias.detach())
+
+    @property
+    def space(self) -> Space:
+        """Identity of the embedding space; it changes when any weight changes, also in place."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        key = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+        if self._digest is None or self._digest[0] != key:
+            self._digest = (key, weights_digest(self.model.state_dict()))
+        return Space(self.name, self._digest[1], self.config.preprocess.digest, self.dim)
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move the weights and return self."""
+        self.model.to(device)
+        return self
+
+    def encode_image(self, pixels: Tensor, normalize: bool = False) -> Tensor:
+        """Return the embeddings of preprocessed images.
+
+        Args:
+            pixels: (batch, 3, height, width), as :attr:`preprocess` gives them; one image may lack the batch axis.
+            normalize: Whether to scale rows to unit L2 norm.
+
+        Returns:
+            (batch, dim), on the encoder's device.
+        """
+        pixels = self._pixels(pixels)
+        with torch.inference_mode():
+            return self._eval().encode_image(pixels, normalize=normalize)
+
+    def encode_text(self, tokens: Tensor | Tokens | str | Sequence[str], normalize: bool = False) -> Tensor:
+        """Return the embeddings of texts, given as strings, as :class:`Tokens` or as token ids.
+
+        Args:
+            tokens: n strings (or one), or ids of shape (n, context). Ids alone are searched for their end.
+            normalize: Whether to scale rows to unit L2 norm.
+
+        Returns:
+            (n, dim), on the encoder's device.
+        """
+        ids, lengths = self._tokens(tokens)
+        with torch.inference_mode():
+            if len(ids) == 0:
+                return torch.zeros(0, self.dim, device=self.device)
+            return self._eval().encode_text(ids.to(self.device), lengths, normalize=normalize)
+
+    def patch_features(self, pixels: Tensor, normalize: bool = True) -> Tensor:
+        """Return one vector of the joint space for every patch, for heat maps: (batch, rows, columns, dim).
+
+        See :meth:`DualEncoder.patch_features` for how they are made.
+        """
+        pixels = self._pixels(pixels)
+        with torch.inference_mode():
+            return self._eval().patch_features(pixels, normalize=normalize)
+
+    def encode(
+        self,
+        inputs: Item | Sequence[Item],
+        batch_size: int = 32,
+        show_progress_bar: bool | None = None,
+        precision: Literal["float32", "float16"] = "float32",
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+        device: str | torch.device | None = None,
+        normalize_embeddings: bool = False,
+    ) -> NDArray[Any] | Tensor | list[Tensor]:
+        """Return the embeddings of texts and images, mixed at will, in the order given.
+
+        The arguments are those of sentence-transformers. A ``str`` is a text, also when it looks like a path; an image
+        is a ``PIL.Image`` or a ``pathlib.Path``. Texts are batched by length, which does not change them.
+
+        Args:
+            inputs: One item, or a sequence of items.
+            batch_size: Items per forward pass.
+            show_progress_bar: Draw a bar on standard error.
+            precision: Type of the result.
+            convert_to_numpy: Return an array; otherwise a list of tensors, one per item.
+            convert_to_tensor: Return one tensor, whatever ``convert_to_numpy`` says.
+            device: Move the encoder there first; None: leave it.
+            normalize_embeddings: Scale rows to unit L2 norm.
+
+        Returns:
+            (n, dim), or (dim,) for a single item; (0, dim) for an empty sequence.
+
+        Raises:
+            InputError: An item that is neither text nor image, or an unknown precision.
+            FileFormatError: A path that holds no readable image.
+
+        References:
+            sentence-transformers, ``SentenceTransformer.encode``, https://sbert.net. Deviation: int8 and binary
+            precision are not offered.
+        """
+        if precision not in ("float32", "float16"):
+            raise InputError(f"precision `{precision}` is not offered", hint="use `float32` or `float16`")
+        if batch_size < 1:
+            raise InputError(f"batch_size must be at least 1, got {batch_size}")
+        single = isinstance(inputs, (str, os.PathLike)) or not isinstance(inputs, Sequence)
+        items: list[Any] = [inputs] if single else list(inputs)  # type: ignore[arg-type]
+        if device is not None and torch.device(device) != self.device:
+            self.to(device)
+        rows = self._encode_items(items, batch_size, show_progress_bar is True, normalize_embeddings)
+        result = rows.to(torch.float16 if precision == "float16" else torch.float32)
+        if single:
+            result = result[0]
+        if convert_to_tensor:
+            return result
+        return result.cpu().numpy() if convert_to_numpy else list(result)
+
+    def similarity(
+        self, a: Tensor | NDArray[Any] | Embeddings, b: Tensor | NDArray[Any] | Embeddings
+    ) -> NDArray[np.float32]:
+        """Return the cosines (n, m) of all rows of ``a`` with all rows of ``b``; a zero row gives 0.
+
+        Raises:
+            SpaceMismatch: ``Embeddings`` of two spaces, or of a space that is not this encoder's.
+        """
+        for side in (a, b):
+            if isinstance(side, Embeddings):
+                check_same_space(side, Embeddings(np.zeros((0, self.dim), np.float32), (), self.space, side.modality))
+        return _unit_rows(a) @ _unit_rows(b).T
+
+    def _eval(self) -> DualEncoder:
+        if self.model.training:
+            self.model.eval()
+        return self.model
+
+    def _pixels(self, pixels: Tensor) -> Tensor:
+        if pixels.ndim == 3:
+            pixels = pixels[None]
+        dtype = self.model.logit_scale.dtype
+        return pixels.to(self.device, dtype if pixels.is_floating_point() else None)
+
+    def _tokens(self, tokens: Tensor | Tokens | str | Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        if isinstance(tokens, Tensor):
+            return (tokens[None] if tokens.ndim == 1 else tokens), None
+        if isinstance(tokens, tuple) and hasattr(tokens, "lengths"):
+            return tokens.ids, tokens.lengths
+        texts = [tokens] if isinstance(tokens, str) else list(tokens)  # type: ignore[arg-type]
+        if not texts:
+            return torch.zeros(0, 1, dtype=torch.long), None
+        encoded = self.tokenizer.encode(texts)
+        return encoded.ids, encoded.lengths
+
+    def _encode_items(self, items: list[Any], batch_size: int, show: bool, normalize: bool) -> Tensor:
+        from chiasm.progress import Progress, RichProgress, SilentProgress
+
+        text_rows = [i for i, item in enumerate(items) if isinstance(item, str)]
+        image_rows = [i for i, item in enumerate(items) if not isinstance(item, str)]
+        for i in image_rows:
+            _check_image_item(items[i])
+        vectors = torch.zeros(len(items), self.dim, device=self.device)
+        progress: Progress = RichProgress() if show else SilentProgress()
+        progress.start(len(items), "embedding")
+        try:
+            if text_rows:
+                tokens = self.tokenizer.encode([items[i] for i in text_rows])
+                order = torch.argsort(tokens.lengths, stable=True)
+                for part in order.split(batch_size):
+                    with torch.inference_mode():
+                        ids = tokens.ids[part].to(self.device)
+                        found = self._eval().encode_text(ids, tokens.lengths[part], normalize=normalize)
+                    vectors[[text_rows[int(i)] for i in part]] = found.to(vectors.dtype)
+                    progress.advance(len(part))
+            for start in range(0, len(image_rows), batch_size):
+                rows = image_rows[start : start + batch_size]
+                pixels = torch.stack([self.preprocess(_open(items[i])) for i in rows])
+                vectors[rows] = self.encode_image(pixels, normalize=normalize).to(vectors.dtype)
+                progress.advance(len(rows))
+        finally:
+            progress.finish()
+        return vectors
+
+
+def _check_image_item(item: object) -> None:
+    from PIL.Image import Image
+
+    if not isinstance(item, (Image, os.PathLike)):
+        raise InputError(
+            f"cannot embed a {type(item).__name__}",
+            hint="give a text (str), a PIL image or a pathlib.Path to an image",
+        )
+
+
+def _open(item: Image | Path) -> Image:
+    from chiasm.io.image import open_image
+
+    return open_image(Path(item)) if isinstance(item, os.PathLike) else item
+
+
+def _unit_rows(values: Tensor | NDArray[Any] | Embeddings) -> NDArray[np.float32]:
+    if isinstance(values, Embeddings):
+        values = values.vectors
+    array = values.detach().float().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values, np.float32)
+    rows = np.atleast_2d(array)
+    unit: NDArray[np.float32] = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    return unit
