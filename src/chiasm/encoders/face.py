@@ -40,7 +40,7 @@ def weights_digest(state_dict: Mapping[str, Tensor]) -> str:
     for name in sorted(state_dict):
         tensor = state_dict[name].detach()
         sha.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        sha.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        sha.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()[:16]
 
 
@@ -172,6 +172,7 @@ class Encoder:
     def encode(
         self,
         inputs: Item | Sequence[Item],
+        *,
         batch_size: int = 32,
         show_progress_bar: bool | None = None,
         precision: Literal["float32", "float16"] = "float32",
@@ -182,8 +183,8 @@ class Encoder:
     ) -> NDArray[Any] | Tensor | list[Tensor]:
         """Return the embeddings of texts and images, mixed at will, in the order given.
 
-        The arguments are those of sentence-transformers. A ``str`` is a text, also when it looks like a path; an image
-        is a ``PIL.Image`` or a ``pathlib.Path``. Texts are batched by length, which does not change them.
+        The arguments are those of sentence-transformers, by name. A ``str`` is a text, also when it looks like a path;
+        an image is a ``PIL.Image`` or a ``pathlib.Path``. Texts are batched by length, which does not change them.
 
         Args:
             inputs: One item, or a sequence of items.
@@ -249,9 +250,11 @@ class Encoder:
     def _tokens(self, tokens: Tensor | Tokens | str | Sequence[str]) -> tuple[Tensor, Tensor | None]:
         if isinstance(tokens, Tensor):
             return (tokens[None] if tokens.ndim == 1 else tokens), None
-        if isinstance(tokens, tuple) and hasattr(tokens, "lengths"):
+        from chiasm.data.tokenizers import Tokens
+
+        if isinstance(tokens, Tokens):
             return tokens.ids, tokens.lengths
-        texts = [tokens] if isinstance(tokens, str) else list(tokens)  # type: ignore[arg-type]
+        texts = [tokens] if isinstance(tokens, str) else list(tokens)
         if not texts:
             return torch.zeros(0, 1, dtype=torch.long), None
         encoded = self.tokenizer.encode(texts)
@@ -271,7 +274,8 @@ class Encoder:
             if text_rows:
                 tokens = self.tokenizer.encode([items[i] for i in text_rows])
                 order = torch.argsort(tokens.lengths, stable=True)
-                for part in order.split(batch_size):
+                for start in range(0, len(order), batch_size):
+                    part = order[start : start + batch_size]
                     with torch.inference_mode():
                         ids = tokens.ids[part].to(self.device)
                         found = self._eval().encode_text(ids, tokens.lengths[part], normalize=normalize)

@@ -1,0 +1,236 @@
+"""Two towers, one space: the module that is trained, saved and loaded.
+
+In: pixels and token ids. Out: embeddings, and the scale that turns their cosines into logits. Native towers lie in
+OpenAI's and open_clip's key layout (``visual.*``, ``transformer.*``, ``token_embedding.weight``,
+``positional_embedding``, ``ln_final.*``, ``text_projection``, ``logit_scale``, for SigLIP ``logit_bias``). Any other
+tower lies under ``visual.trunk.*`` and ``visual.head.*``, or ``text.transformer.*`` and ``text.proj.*``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from chiasm.encoders.base import EncoderConfig
+from chiasm.encoders.text import TEXT_PARTS, TextTransformer, check_lengths, text_features
+from chiasm.encoders.vit import PatchMode, VisionTransformer
+from chiasm.errors import InputError
+
+
+class ProjectedImageTower(nn.Module):
+    """Any image tower with a projection behind it.
+
+    Args:
+        trunk: pixels -> (batch, ``trunk.output_dim``); may have ``patch_tokens``: pixels -> (batch, rows, columns,
+            ``trunk.output_dim``).
+        head: Projection into the joint space.
+        output_dim: Dimensions of the joint space.
+    """
+
+    def __init__(self, trunk: nn.Module, head: nn.Module, output_dim: int) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = head
+        self.output_dim = output_dim
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return the embeddings (batch, output_dim), not normalised."""
+        embedded: Tensor = self.head(self.trunk(pixels))
+        return embedded
+
+    def patch_features(self, pixels: Tensor) -> Tensor:
+        """Return (batch, rows, columns, output_dim): each patch of the trunk through the head, not normalised."""
+        patches = getattr(self.trunk, "patch_tokens", None) or getattr(self.trunk, "patch_features", None)
+        if patches is None:
+            raise InputError(
+                "this image tower has no patch tokens, so it has no heat maps of patches",
+                hint="give the tower a method `patch_tokens(pixels) -> (batch, rows, columns, output_dim)`",
+            )
+        embedded: Tensor = self.head(patches(pixels))
+        return embedded
+
+    def projection_parameters(self) -> list[nn.Parameter]:
+        """Return what still trains when the tower is locked."""
+        return list(self.head.parameters())
+
+
+class ProjectedTextTower(nn.Module):
+    """Any text tower with a projection behind it.
+
+    Args:
+        transformer: A :class:`TextTransformer` without projection (ids, lengths), or a foreign tower (ids, mask); both
+            give (batch, ``transformer.output_dim``).
+        proj: Projection into the joint space.
+        output_dim: Dimensions of the joint space.
+        can_trim: Whether the tower ignores padding, so that cutting it off is exact.
+    """
+
+    def __init__(self, transformer: nn.Module, proj: nn.Module, output_dim: int, *, can_trim: bool) -> None:
+        super().__init__()
+        self.transformer = transformer
+        self.proj = proj
+        self.output_dim = output_dim
+        self.can_trim = can_trim
+
+    def forward(self, ids: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Return the embeddings (batch, output_dim), not normalised.
+
+        Args:
+            ids: (batch, tokens) integers, padded on the right.
+            lengths: (batch,) tokens of each text. None: where the tower states its padding id, that marks the padding.
+        """
+        if isinstance(self.transformer, TextTransformer):
+            embedded: Tensor = self.proj(self.transformer(ids, lengths))
+            return embedded
+        lengths = self._lengths(ids) if lengths is None else check_lengths(ids, lengths)
+        if self.can_trim and len(ids):
+            ids = ids[:, : int(lengths.max())]
+        mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
+        projected: Tensor = self.proj(self.transformer(ids, mask))
+        return projected
+
+    def projection_parameters(self) -> list[nn.Parameter]:
+        """Return what still trains when the tower is locked."""
+        return list(self.proj.parameters())
+
+    def _lengths(self, ids: Tensor) -> Tensor:
+        pad_id = getattr(self.transformer, "pad_id", None)
+        if pad_id is None:
+            raise InputError(
+                "this text tower does not state its padding id, so token ids need their lengths",
+                hint="pass `lengths`, as `tokenizer.encode` returns them",
+            )
+        found: Tensor = (ids != pad_id).sum(1).clamp(min=1)
+        return found
+
+
+class DualEncoder(nn.Module):
+    """An image tower and a text tower with a joint space (Radford et al. 2021).
+
+    Args:
+        visual: The image tower with its projection.
+        text: The text tower with its projection; the parts of a :class:`TextTransformer` become this module's own, as
+            in OpenAI's layout.
+        config: What both were built from.
+
+    Attributes:
+        logit_scale: 0-dim parameter, the LOGARITHM of the multiplier of cosines, as in every CLIP checkpoint.
+        logit_bias: 0-dim parameter (SigLIP), or None.
+    """
+
+    def __init__(self, visual: nn.Module, text: nn.Module, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.visual = visual
+        self.text: nn.Module | None = None
+        if isinstance(text, TextTransformer):
+            for part in TEXT_PARTS:
+                setattr(self, part, getattr(text, part))
+            self.text_plan = text.text_plan
+        else:
+            self.text = text
+        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init))
+        bias = config.logit_bias_init
+        self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(bias))
+
+    def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
+        """Return the embeddings (batch, dim) of pixels (batch, 3, size, size)."""
+        features: Tensor = self.visual(images)
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def encode_text(self, ids: Tensor, lengths: Tensor | None = None, normalize: bool = False) -> Tensor:
+        """Return the embeddings (batch, dim) of token ids.
+
+        Args:
+            ids: (batch, tokens) integers.
+            lengths: (batch,) tokens of each text, special tokens included, as ``tokenizer.encode`` gives them. None:
+                native towers look for CLIP's end-of-text token, others for the padding id.
+            normalize: Whether to scale rows to unit L2 norm.
+        """
+        parts: Any = self
+        features: Tensor = text_features(parts, ids, lengths) if self.text is None else self.text(ids, lengths)
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def forward(self, images: Tensor, ids: Tensor, lengths: Tensor | None = None) -> dict[str, Tensor]:
+        """Return ``image_features`` and ``text_features`` of unit norm, and ``logit_scale``, the multiplier (a tensor).
+
+        ``logit_bias`` is there too when the model has one.
+        """
+        out = {
+            "image_features": self.encode_image(images, normalize=True),
+            "text_features": self.encode_text(ids, lengths, normalize=True),
+            "logit_scale": self.logit_scale.exp(),
+        }
+        if self.logit_bias is not None:
+            out["logit_bias"] = self.logit_bias
+        return out
+
+    def patch_features(self, images: Tensor, normalize: bool = True, mode: PatchMode = "auto") -> Tensor:
+        """Return one vector of the joint space for every patch: (batch, rows, columns, dim).
+
+        Args:
+            images: (batch, 3, size, size).
+            normalize: Whether to scale each to unit L2 norm.
+            mode: Of a native ViT, see :meth:`VisionTransformer.patch_features`; others know ``auto`` only.
+
+        Raises:
+            InputError: A foreign tower that has no patch tokens, or a mode that the tower does not know.
+        """
+        tower: Any = self.visual
+        if isinstance(tower, VisionTransformer):
+            features = tower.patch_features(images, mode)
+        elif mode != "auto":
+            raise InputError(f"patch mode `{mode}` is known to a native `vit` only", hint="leave the mode at `auto`")
+        else:
+            features = tower.patch_features(images)
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute activations in the backward pass in both towers: less memory, the same gradients.
+
+        Raises:
+            InputError: A tower that cannot.
+        """
+        for side in ("image", "text"):
+            _checkpoint_tower(self._trunk(side), side, enable)
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch the mode; locked towers stay in eval mode, so their dropout and batch statistics stand still."""
+        super().train(mode)
+        if not mode:
+            return self
+        for side, tower in (("image", self.config.image), ("text", self.config.text)):
+            if tower.freeze and tower.lora is None:
+                self._trunk(side).eval()
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d) and not any(p.requires_grad for p in module.parameters()):
+                module.eval()
+        return self
+
+    def _trunk(self, side: str) -> nn.Module:
+        tower: Any
+        if side == "image":
+            tower = self.visual.trunk if isinstance(self.visual, ProjectedImageTower) else self.visual
+        elif self.text is None:
+            tower = self.transformer
+        else:
+            tower = self.text.transformer if isinstance(self.text, ProjectedTextTower) else self.text
+        assert isinstance(tower, nn.Module)
+        return tower
+
+
+def _checkpoint_tower(trunk: nn.Module, side: str, enable: bool) -> None:
+    switch = "gradient_checkpointing_enable" if enable else "gradient_checkpointing_disable"
+    tower: Any = trunk
+    if hasattr(tower, "set_grad_checkpointing"):
+        tower.set_grad_checkpointing(enable)
+        return
+    for module in tower.modules():
+        if hasattr(module, switch):  # transformers' models
+            getattr(module, switch)()
+            return
+    if enable:
+        raise InputError(f"the {side} tower does not offer gradient checkpointing", hint="switch it off in the recipe")
