@@ -1,0 +1,361 @@
+"""Zero-shot classification on embeddings: prompts become directions, images are compared with them.
+
+In: :class:`~chiasm.types.Embeddings` of images and a :class:`TextClassifier`. Out: a frozen :class:`ZeroShotResult`.
+
+Protocol (Radford et al. 2021, section 3.1; open_clip ``build_zero_shot_classifier``): every prompt's embedding is
+normalised, the prompts of a class are averaged, the mean is normalised again; logits are cosines times the logit scale
+plus the bias, where the model has one. Then
+
+* ``single``: a softmax over the classes, which exclude each other;
+* ``multi``: for every label alone, a softmax over its positive and its negative direction; or, for models trained with
+  the sigmoid loss (they have a logit bias) and labels without negative prompts, the sigmoid of the logit.
+
+Deviation from CheXzero: its softmax over the pair leaves out the logit scale; ours applies it. The order of images, and
+so every AUROC, is the same.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chiasm.errors import InputError, SpaceMismatch, UnknownName
+from chiasm.tasks.prompts import PromptSet
+from chiasm.types import Embeddings, Space
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+#: Used when a model carries no logit scale; the clamp of CLIP training, where most trained models end.
+FALLBACK_LOGIT_SCALE = 100.0
+_UNIT_TOLERANCE = 2e-2  # bf16 vectors stray from unit norm by up to 0.8 %
+
+Mode = Literal["single", "multi"]
+Activation = Literal["softmax", "pair", "sigmoid"]
+ScaleSource = Literal["model", "argument", "fallback"]
+
+
+@dataclass(frozen=True)
+class TextClassifier:
+    """One unit vector per label, and one against it where the label has negative prompts.
+
+    Attributes:
+        prompts: What the vectors were made of.
+        positive: float32, shape (labels, dim), unit rows.
+        negative: The same for the negative prompts, or None when not every label has some.
+        space: Where the vectors live.
+        logit_scale: Of the model, None when it has none.
+        logit_bias: Of the model, None when it has none.
+    """
+
+    prompts: PromptSet
+    positive: NDArray[np.float32]
+    negative: NDArray[np.float32] | None
+    space: Space
+    logit_scale: float | None = None
+    logit_bias: float | None = None
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the labels, one per row."""
+        return self.prompts.names
+
+
+def unit_vectors(embeddings: Embeddings, what: str) -> NDArray[np.float32]:
+    """Return the rows with unit norm, after checking that they can be compared.
+
+    Raises:
+        InputError: When a row is not finite or is zero, or when rows marked as normalised are not: raw and normalised
+            vectors got mixed up.
+    """
+    vectors = embeddings.vectors
+    norms = np.linalg.norm(vectors, axis=1)
+    bad = ~np.isfinite(norms)
+    if bad.any():
+        raise InputError(f"{int(bad.sum())} of {len(vectors)} {what} embeddings are not finite")
+    if (norms < 1e-12).any():
+        raise InputError(
+            f"{int((norms < 1e-12).sum())} of {len(vectors)} {what} embeddings are all zero, so they have no direction"
+        )
+    if not embeddings.normalized:
+        unit: NDArray[np.float32] = vectors / norms[:, None]
+        return unit
+    if (np.abs(norms - 1) > _UNIT_TOLERANCE).any():
+        raise InputError(
+            f"{what} embeddings are marked as normalised, but have norms from {norms.min():.3g} to {norms.max():.3g}",
+            hint="raw vectors need `normalized=False`",
+        )
+    return vectors
+
+
+def build_classifier(prompts: PromptSet, embed_text: Callable[[list[str]], Embeddings]) -> TextClassifier:
+    """Embed every distinct prompt once and average per label.
+
+    Args:
+        prompts: Labels with their prompts.
+        embed_text: Texts to embeddings, one row per text in the same order, raw or normalised.
+
+    Raises:
+        InputError: When the embeddings do not fit the texts, or the prompts of a label cancel out.
+    """
+    texts = prompts.texts()
+    embedded = embed_text(texts)
+    if len(embedded) != len(texts):
+        raise InputError(f"{len(texts)} prompts gave {len(embedded)} embeddings")
+    if embedded.modality != "text":
+        raise InputError(f"prompts must be embedded as text, got {embedded.modality} embeddings")
+    unit = unit_vectors(embedded, "prompt").astype(np.float64)
+    row = {text: k for k, text in enumerate(texts)}
+
+    def directions(side: str) -> NDArray[np.float32]:
+        rows = []
+        for label in prompts.labels:
+            mean = unit[[row[t] for t in getattr(label, side)]].mean(axis=0)
+            norm = float(np.linalg.norm(mean))
+            if norm < 1e-6:
+                raise InputError(f"the {side} prompts of label `{label.name}` cancel each other out")
+            rows.append(mean / norm)
+        return np.asarray(rows, dtype=np.float32)
+
+    return TextClassifier(
+        prompts,
+        directions("positive"),
+        directions("negative") if prompts.has_pairs else None,
+        embedded.space,
+        embedded.logit_scale,
+        embedded.logit_bias,
+    )
+
+
+@dataclass(frozen=True)
+class ZeroShotResult:
+    """What a zero-shot classifier says about every image.
+
+    Attributes:
+        probabilities: float64, shape (images, labels). Rows add up to 1 in ``single`` mode. They are the model's own,
+            not calibrated.
+        logits: float64, same shape: scale × cosine + bias; for a pair the difference of its two logits.
+        cosines: float32, same shape, with the positive directions.
+        negative_cosines: With the negative directions, where they were used.
+        labels: One per column.
+        ids: One per row.
+        groups: Patient (or id) of each row, for clustered statistics.
+        mode: ``single`` or ``multi``.
+        activation: How logits became probabilities: ``softmax``, ``pair`` or ``sigmoid``.
+        space: Where images and prompts were compared.
+        logit_scale: The multiplier that was used.
+        logit_scale_source: ``model``, ``argument``, or ``fallback`` when the model has none and 100 was used.
+        logit_bias: What was added, where the model has one.
+        prompts: The prompts that were used.
+        paths: Image path of each row, where known.
+    """
+
+    probabilities: NDArray[np.float64]
+    logits: NDArray[np.float64]
+    cosines: NDArray[np.float32]
+    negative_cosines: NDArray[np.float32] | None
+    labels: tuple[str, ...]
+    ids: tuple[str, ...]
+    groups: tuple[str, ...]
+    mode: Mode
+    activation: Activation
+    space: Space
+    logit_scale: float
+    logit_scale_source: ScaleSource
+    logit_bias: float | None
+    prompts: PromptSet
+    paths: tuple[str | None, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def scores(self) -> NDArray[np.float64]:
+        """The log-odds of the probabilities, shape (images, labels): they order images alike but never saturate."""
+        if self.activation != "softmax":
+            return self.logits
+        if len(self.labels) == 1:
+            return np.zeros_like(self.logits)
+        rows = np.arange(len(self.logits))
+        best = self.logits.argmax(axis=1)
+        exponentials = np.exp(self.logits - self.logits[rows, best][:, None])
+        others = self.logits[rows, best][:, None] + np.log(
+            np.maximum(
+                exponentials.sum(axis=1, keepdims=True) - exponentials, 1e-300
+            )  # the best column is mended below
+        )
+        rest = self.logits.copy()
+        rest[rows, best] = -np.inf
+        second = rest.max(axis=1)
+        others[rows, best] = second + np.log(np.exp(rest - second[:, None]).sum(axis=1))
+        odds: NDArray[np.float64] = self.logits - others
+        return odds
+
+    @property
+    def predicted(self) -> tuple[str, ...]:
+        """The most probable label of each image (ties: the first label)."""
+        return tuple(self.labels[int(k)] for k in self.logits.argmax(axis=1))
+
+    def column(self, label: str) -> int:
+        """Return the column of a label; an unknown one raises ``UnknownName``."""
+        if label not in self.labels:
+            raise UnknownName("label", label, self.labels, hint=f"labels of this result: {', '.join(self.labels)}")
+        return self.labels.index(label)
+
+    def to_records(self, top_k: int | None = None) -> list[list[dict[str, Any]]]:
+        """Return, per image, ``[{"score", "label"}, ...]`` by falling score: the shape of the Hugging Face pipeline."""
+        order = np.argsort(-self.logits, axis=1, kind="stable")[:, :top_k]
+        return [
+            [{"score": float(self.probabilities[i, k]), "label": self.labels[k]} for k in row]
+            for i, row in enumerate(order.tolist())
+        ]
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return a table with one row per image: ``id``, then the probability of each label."""
+        import pandas as pd
+
+        frame = pd.DataFrame(self.probabilities, columns=list(self.labels))
+        frame.insert(0, "id", list(self.ids))
+        return frame
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain JSON values."""
+        return {
+            "mode": self.mode,
+            "activation": self.activation,
+            "labels": list(self.labels),
+            "space": self.space.to_dict(),
+            "logit_scale": self.logit_scale,
+            "logit_scale_source": self.logit_scale_source,
+            "logit_bias": self.logit_bias,
+            "prompts": self.prompts.to_dict(),
+            "images": [
+                {
+                    "id": self.ids[i],
+                    "predicted": self.predicted[i] if self.mode == "single" else None,
+                    "probabilities": _by_label(self.labels, self.probabilities[i]),
+                    "logits": _by_label(self.labels, self.logits[i]),
+                    "cosines": _by_label(self.labels, self.cosines[i]),
+                }
+                for i in range(len(self))
+            ],
+        }
+
+
+def _by_label(labels: tuple[str, ...], values: NDArray[Any]) -> dict[str, float]:
+    return {label: float(v) for label, v in zip(labels, values, strict=True)}
+
+
+def classify(
+    images: Embeddings,
+    classifier: TextClassifier,
+    *,
+    mode: Mode = "single",
+    logit_scale: float | None = None,
+) -> ZeroShotResult:
+    """Compare images with the prompts of a classifier.
+
+    Args:
+        images: Image embeddings, raw or normalised.
+        classifier: From :func:`build_classifier`, in the same space.
+        mode: ``single``: classes exclude each other. ``multi``: any number of labels can be true.
+        logit_scale: Multiplier of the cosines; by default the model's. It is the multiplier itself, not its logarithm.
+
+    Raises:
+        SpaceMismatch: When images and prompts come from two spaces.
+        InputError: When vectors are damaged, or ``multi`` lacks the negative prompts that it needs.
+    """
+    if images.space != classifier.space:
+        raise SpaceMismatch(
+            f"images come from `{images.space}` and prompts from `{classifier.space}`; their similarity has no meaning",
+            hint="embed both with the same model",
+        )
+    if images.modality != "image":
+        raise InputError(f"zero-shot classification needs image embeddings, got {images.modality} embeddings")
+    if mode not in ("single", "multi"):
+        raise UnknownName("mode", mode, ("single", "multi"))
+    scale, source = choose_logit_scale(images.logit_scale, classifier.logit_scale, logit_scale)
+    bias = classifier.logit_bias if classifier.logit_bias is not None else images.logit_bias
+    vectors = unit_vectors(images, "image")
+    cosines = vectors @ classifier.positive.T
+    logits = scale * cosines.astype(np.float64) + (bias or 0.0)
+    negative_cosines = None
+    activation: Activation = "softmax"
+    if mode == "single":
+        probabilities = softmax(logits)
+    else:
+        if classifier.negative is not None:
+            activation = "pair"
+            negative_cosines = vectors @ classifier.negative.T
+            logits = scale * (cosines.astype(np.float64) - negative_cosines)
+        elif bias is not None and not any(label.negative for label in classifier.prompts.labels):
+            activation = "sigmoid"
+        else:
+            without = [label.name for label in classifier.prompts.labels if not label.negative]
+            raise InputError(
+                f"multi-label classification needs negative prompts; label `{without[0]}` has none",
+                hint="make the prompts with `PromptSet.from_pairs`, or give `negative` texts",
+            )
+        probabilities = sigmoid(logits)
+    return ZeroShotResult(
+        probabilities,
+        logits,
+        cosines,
+        negative_cosines,
+        classifier.labels,
+        images.ids,
+        images.groups,
+        mode,
+        activation,
+        images.space,
+        scale,
+        source,
+        bias,
+        classifier.prompts,
+        images.paths,
+    )
+
+
+def choose_logit_scale(
+    of_images: float | None, of_texts: float | None, override: float | None = None
+) -> tuple[float, ScaleSource]:
+    """Return the multiplier to use and where it comes from.
+
+    Raises:
+        InputError: When it is not a positive number, or the two sides disagree.
+    """
+    if of_images is not None and of_texts is not None and not np.isclose(of_images, of_texts, rtol=1e-3):
+        raise InputError(
+            f"images carry the logit scale {of_images:.6g} and texts {of_texts:.6g}; they must be one model's"
+        )
+    stated = of_texts if of_texts is not None else of_images
+    source: ScaleSource = "argument" if override is not None else "model" if stated is not None else "fallback"
+    scale = override if override is not None else stated if stated is not None else FALLBACK_LOGIT_SCALE
+    if not (np.isfinite(scale) and scale > 0):
+        raise InputError(f"the logit scale must be a positive number, got {scale}")
+    if np.isclose(scale, np.log(100.0), atol=1e-3):
+        warnings.warn(
+            f"the logit scale is {scale:.4f} = ln 100: this looks like its logarithm; the multiplier is 100",
+            UserWarning,
+            stacklevel=3,
+        )
+    return float(scale), source
+
+
+def softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the softmax over the last axis."""
+    shifted = np.exp(logits - logits.max(axis=-1, keepdims=True, initial=-np.inf))
+    result: NDArray[np.float64] = shifted / shifted.sum(axis=-1, keepdims=True)
+    return result
+
+
+def sigmoid(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the logistic function, without overflow."""
+    small = np.exp(-np.abs(logits))
+    result: NDArray[np.float64] = np.where(logits >= 0, 1.0, small) / (1.0 + small)
+    return result
