@@ -18,13 +18,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from chiasm.errors import InputError
+from chiasm.errors import ConfigError, InputError
 from chiasm.types import Embeddings, Preprocess, Space, check_same_space
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from chiasm.data.tokenizers import Tokenizer, Tokens
+    from chiasm.data.tokenizers import Tokenizer
+    from chiasm.data.tokens import Tokens
     from chiasm.encoders.base import EncoderConfig
     from chiasm.encoders.dual import DualEncoder
 
@@ -53,6 +54,9 @@ class Encoder:
         name: Name of the encoder; part of its space.
         tokenizer: None: made from ``config.tokenizer``.
 
+    Raises:
+        ConfigError: A tokenizer with more ids or a longer context than the text tower has.
+
     Attributes:
         model: The underlying ``nn.Module``.
         config: Its declaration.
@@ -65,7 +69,7 @@ class Encoder:
         self.model = model.eval()
         self.config = config
         self.name = name
-        self._tokenizer = tokenizer
+        self._tokenizer = None if tokenizer is None else _checked_tokenizer(tokenizer, config)
         self._preprocess: Callable[[Image], Tensor] | None = None
         self._digest: tuple[object, str] | None = None
 
@@ -102,7 +106,7 @@ class Encoder:
         if self._tokenizer is None:
             from chiasm.data.tokenizers import make_tokenizer
 
-            self._tokenizer = make_tokenizer(self.config.tokenizer)
+            self._tokenizer = _checked_tokenizer(make_tokenizer(self.config.tokenizer), self.config)
         return self._tokenizer
 
     @property
@@ -153,6 +157,9 @@ class Encoder:
 
         Returns:
             (n, dim), on the encoder's device.
+
+        Warns:
+            TruncationWarning: A string was longer than the context.
         """
         ids, lengths = self._tokens(tokens)
         with torch.inference_mode():
@@ -250,17 +257,18 @@ class Encoder:
     def _tokens(self, tokens: Tensor | Tokens | str | Sequence[str]) -> tuple[Tensor, Tensor | None]:
         if isinstance(tokens, Tensor):
             return (tokens[None] if tokens.ndim == 1 else tokens), None
-        from chiasm.data.tokenizers import Tokens
+        from chiasm.data.tokens import Tokens, warn_if_cut
 
         if isinstance(tokens, Tokens):
             return tokens.ids, tokens.lengths
         texts = [tokens] if isinstance(tokens, str) else list(tokens)
         if not texts:
             return torch.zeros(0, 1, dtype=torch.long), None
-        encoded = self.tokenizer.encode(texts)
+        encoded = warn_if_cut(self.tokenizer.encode(texts))
         return encoded.ids, encoded.lengths
 
     def _encode_items(self, items: list[Any], batch_size: int, show: bool, normalize: bool) -> Tensor:
+        from chiasm.data.tokens import warn_if_cut
         from chiasm.progress import Progress, RichProgress, SilentProgress
 
         text_rows = [i for i, item in enumerate(items) if isinstance(item, str)]
@@ -272,7 +280,7 @@ class Encoder:
         progress.start(len(items), "embedding")
         try:
             if text_rows:
-                tokens = self.tokenizer.encode([items[i] for i in text_rows])
+                tokens = warn_if_cut(self.tokenizer.encode([items[i] for i in text_rows]))
                 order = torch.argsort(tokens.lengths, stable=True)
                 for start in range(0, len(order), batch_size):
                     part = order[start : start + batch_size]
@@ -289,6 +297,22 @@ class Encoder:
         finally:
             progress.finish()
         return vectors
+
+
+def _checked_tokenizer(tokenizer: Tokenizer, config: EncoderConfig) -> Tokenizer:
+    text = config.text
+    if tokenizer.context_length > text.context_length:
+        raise ConfigError(
+            f"the tokenizer's context of {tokenizer.context_length} tokens is longer than the text tower's "
+            f"{text.context_length}",
+            hint="set `tokenizer.context_length` to `text.context_length`",
+        )
+    if text.is_native and tokenizer.vocab_size > text.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the text tower embeds {text.vocab_size}",
+            hint="set `text.vocab_size` to the tokenizer's size",
+        )
+    return tokenizer
 
 
 def _check_image_item(item: object) -> None:

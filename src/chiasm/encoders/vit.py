@@ -151,7 +151,7 @@ class VisionTransformer(nn.Module):
         x = self.transformer(self._embed(pixels), last="values" if mode == "values" else "all")[:, 1:]
         if self.attn_pool is not None:
             x = self.attn_pool.values(x)
-        return self._project(self.ln_post(x)).reshape(len(x), self.grid, self.grid, -1)
+        return self._project(self.ln_post(x)).reshape(len(x), self.grid, self.grid, self.output_dim)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """See :meth:`Transformer.set_grad_checkpointing`."""
