@@ -1,0 +1,40 @@
+"""Check the installation, and with --model a model: versions, extras, sanity of its embeddings."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from chiasm.cli.output import CodeOption, DeviceOption, FamilyOption, JsonOption, print_json
+
+
+def run(
+    model: Annotated[str | None, typer.Option("--model", "-m", help="A model to probe with phantoms.")] = None,
+    family: FamilyOption = None,
+    device: DeviceOption = "cpu",
+    allow_code: CodeOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Check and print; a check that is wrong makes the exit code 1."""
+    from chiasm.evaluate.doctor import check_environment, check_model, environment_checks
+
+    environment = check_environment()
+    checks = environment_checks(environment)
+    model_checks = []
+    if model is not None:
+        from chiasm.load import load
+
+        model_checks = check_model(load(model, device=device, family=family, allow_code=allow_code))
+    everything = [*checks, *model_checks]
+    if as_json:
+        print_json({**environment, "checks": [c.to_dict() for c in everything]})
+    else:
+        marks = {"ok": "ok  ", "note": "note", "wrong": "BAD "}
+        print(f"chiasm {environment['chiasm']}, Python {environment['python']}, {environment['platform']}")
+        for check in everything:
+            print(f"  {marks[check.state]}  {check.name}: {check.detail}")
+            if check.hint:
+                print(f"        hint: {check.hint}")
+    if any(c.state == "wrong" for c in everything):
+        raise typer.Exit(1)

@@ -1,0 +1,53 @@
+"""Draw where an image supports a sentence: a heat map over the image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from chiasm.cli.output import CodeOption, DeviceOption, FamilyOption, JsonOption, ModelOption, print_json
+
+
+def run(
+    image: Annotated[Path, typer.Argument(help="An image file.")],
+    text: Annotated[str, typer.Argument(help="A sentence.")],
+    model: ModelOption = "",
+    method: Annotated[
+        str, typer.Option("--method", help="auto, similarity, grad_cam (ResNet) or attention (ViT).")
+    ] = "auto",
+    out: Annotated[
+        Path | None, typer.Option("--out", help="PNG to write; by default beside nothing: ./IMAGE.heat.png.")
+    ] = None,
+    device: DeviceOption = "cpu",
+    family: FamilyOption = None,
+    allow_code: CodeOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compute the map, write the overlay, say where its maximum lies."""
+    from chiasm.cli.inputs import load_encoder
+    from chiasm.explain.heatmap import overlay
+    from chiasm.explain.methods import explain
+    from chiasm.io.image import open_image
+
+    encoder = load_encoder(model, device=device, family=family, allow_code=allow_code)
+    picture = open_image(image)
+    heat = explain(encoder, picture, text, method=method)
+    target = out or Path(f"{image.stem}.heat.png")
+    overlay(picture, heat).save(target)
+    x, y = heat.peak()
+    document = {
+        "method": heat.method,
+        "text": text,
+        "width_px": picture.width,
+        "height_px": picture.height,
+        "peak_px": [x, y],
+        "cosine": heat.cosine,
+        "written": str(target),
+        "space": str(encoder.space),
+    }
+    if as_json:
+        print_json(document)
+    else:
+        print(f"{heat.method}: maximum at x={x}, y={y} of {picture.width}×{picture.height}; wrote {target}")

@@ -1,0 +1,33 @@
+"""Train a CLIP from a recipe: pretrain, fine-tune, or fit projections on locked towers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from chiasm.cli.output import JsonOption, make_progress, print_json, print_table
+
+
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A TOML file; `recipes/` holds examples.")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="optim.lr=1e-4, as often as needed.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run; by default runs/NAME.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after a stop, bit for bit.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train, then say what was reached on held-out patients and how to go on."""
+    from chiasm.train.recipe import load_recipe
+    from chiasm.train.run import train
+
+    plan = load_recipe(recipe, overrides or [])
+    result = train(
+        plan, out=out or Path("runs") / plan.name, resume=resume, progress=make_progress(as_json, unit="steps")
+    )
+    if as_json:
+        print_json(result.to_dict())
+        return
+    print_table(("validation measure", "value"), [(k, f"{v:.4f}") for k, v in result.metrics.items()])
+    print(f"model: {result.model_dir}")
+    print(f'next: chiasm inspect IMAGE "a text" "another text" --model {result.model_dir}')

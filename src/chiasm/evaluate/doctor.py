@@ -1,0 +1,141 @@
+"""An installation and a model to a list of checks that say what is wrong and what to do."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from dataclasses import dataclass
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from chiasm import __version__
+
+if TYPE_CHECKING:
+    from chiasm.encoders.base import Encoder
+
+#: Package -> extra that installs it, for everything that is optional.
+OPTIONAL = {
+    "instant_clip_tokenizer": "fast",
+    "efficientnet_lite_pytorch": "pretrained-demo",
+    "webdataset": "data",
+    "tensorboard": "track",
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at: ``state`` is ``ok``, ``note`` or ``wrong``."""
+
+    name: str
+    state: str
+    detail: str
+    hint: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {"name": self.name, "state": self.state, "detail": self.detail, "hint": self.hint}
+
+
+def check_environment() -> dict[str, Any]:
+    """Return versions, processor abilities and optional packages of this installation."""
+    import torch
+
+    versions = {}
+    for package in ("torch", "numpy", "pillow", "transformers", "tokenizers", "safetensors", "lancedb", "scikit-learn"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    extras = {}
+    for module, extra in OPTIONAL.items():
+        try:
+            import_module(module)
+            extras[extra] = True
+        except ImportError:
+            extras[extra] = False
+    return {
+        "chiasm": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+        "versions": versions,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cuda": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "extras": extras,
+        "offline": os.environ.get("HF_HUB_OFFLINE") == "1",
+    }
+
+
+def environment_checks(environment: dict[str, Any]) -> list[Check]:
+    """Turn what :func:`check_environment` found into checks."""
+    checks = []
+    for package, version in environment["versions"].items():
+        if version is None:
+            checks.append(Check(package, "wrong", "not installed", "pip install chiasm"))
+        else:
+            checks.append(Check(package, "ok", version))
+    checks.append(
+        Check(
+            "processor",
+            "ok",
+            f"{environment['cores']} cores, {environment['threads']} threads, {environment['cpu_capability']}"
+            + (f", {environment['cuda']}" if environment["cuda"] else ", no CUDA device"),
+        )
+    )
+    for extra, present in environment["extras"].items():
+        hint = None if present else f"pip install 'chiasm[{extra}]'"
+        checks.append(Check(f"extra {extra}", "ok" if present else "note", "installed" if present else "absent", hint))
+    return checks
+
+
+def check_model(encoder: Encoder, *, seed: int = 0) -> list[Check]:
+    """Probe an encoder with phantoms and sentences: finite, unit norm, same twice, not collapsed, scale in range.
+
+    A *collapsed* space gives every image nearly the same vector: the mean cosine between different images exceeds
+    0.999. A trained CLIP has a logit scale between 1 and 100 (OpenAI's clamp); a fresh one starts at 14.3.
+    """
+    from chiasm.data.phantoms import make_chest_phantoms
+
+    phantoms = make_chest_phantoms(8, seed=seed, size_px=96)
+    images = [_to_pil(a) for a in phantoms.images[:12]]
+    texts = [s.text or "" for s in phantoms.samples[:12]]
+    first = encoder.encode(images, normalize_embeddings=True, show_progress_bar=False)
+    again = encoder.encode(images[:4], normalize_embeddings=True, show_progress_bar=False)
+    words = encoder.encode(texts, normalize_embeddings=True, show_progress_bar=False)
+    checks = [Check("space", "ok", str(encoder.space))]
+    finite = bool(np.isfinite(first).all() and np.isfinite(words).all())
+    checks.append(
+        Check("finite", "ok" if finite else "wrong", "all numbers finite" if finite else "embeddings hold NaN or infinity",
+              None if finite else "the weights are damaged; fetch or train them again")
+    )  # fmt: skip
+    same = float(np.abs(first[:4] - again).max())
+    checks.append(Check("repeatable", "ok" if same < 1e-4 else "wrong", f"same image in another batch differs by {same:.1e}"))
+    for name, vectors in (("images", first), ("texts", words)):
+        cosines = vectors @ vectors.T
+        mean = float(cosines[~np.eye(len(cosines), dtype=bool)].mean())
+        collapsed = mean > 0.999
+        checks.append(
+            Check(f"spread of {name}", "wrong" if collapsed else "ok", f"mean cosine between different {name} {mean:.3f}",
+                  "all vectors are the same: wrong preprocessing, or a tower that never trained" if collapsed else None)
+        )  # fmt: skip
+    scale = encoder.logit_scale
+    in_range = scale is not None and math.isfinite(scale) and 1.0 <= scale <= 100.0 + 1e-3
+    checks.append(
+        Check("logit scale", "ok" if in_range else "note", f"multiplier {scale:.2f}" if scale is not None else "none",
+              None if in_range else "outside 1..100: was a logarithm stored as the multiplier?")
+    )  # fmt: skip
+    activation = encoder.config.image.activation if encoder.config.image.kind == "vit" else None
+    if activation:
+        checks.append(Check("activation", "ok", f"{activation} (from the model's configuration)"))
+    checks.append(Check("preprocessing", "ok", str(encoder.preprocess_spec.to_dict())))
+    return checks
+
+
+def _to_pil(array: Any) -> Any:
+    from PIL import Image
+
+    return Image.fromarray(array)
