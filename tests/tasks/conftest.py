@@ -7,9 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from numpy.typing import ArrayLike
 
 from chiasm.types import Embeddings, Modality, Space
+
+settings.register_profile("untimed", deadline=None)  # first calls import and allocate
+settings.load_profile("untimed")
 
 
 def space_of(dim: int, name: str = "made") -> Space:

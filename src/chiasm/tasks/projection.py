@@ -216,6 +216,7 @@ def _pca(points: NDArray[np.float64]) -> tuple[NDArray[np.float64], tuple[float,
 
 def _tsne(points: NDArray[np.float64], seed: int, perplexity: float | None) -> NDArray[np.float64]:
     from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
 
     n = len(points)
     chosen = min(30.0, (n - 1) / 3) if perplexity is None else perplexity
@@ -232,7 +233,8 @@ def _tsne(points: NDArray[np.float64], seed: int, perplexity: float | None) -> N
         random_state=seed,
         n_jobs=1,
     )
-    result: NDArray[np.float64] = model.fit_transform(points.astype(np.float32))
+    with threadpool_limits(1):  # its sums over threads come in any order, so two runs would differ
+        result: NDArray[np.float64] = model.fit_transform(points.astype(np.float32))
     return result
 
 
