@@ -37,13 +37,20 @@ def test_every_number(make: Make) -> None:
 
 def test_the_steps_read_well(make: Make) -> None:
     found = inspect(make(IMAGE), make(TEXTS, "text", texts=("x", None, "z")))
-    assert len(found.steps) == 5
-    assert "16 numbers" in found.steps[0][1]
-    assert f"`{found.winner}`" in found.steps[4][1]
+    steps = found.steps()
+    assert [title for title, _ in steps] == ["Embed the image", "Embed 3 texts", "Normalise", "Compare", "Softmax"]
+    assert f"{found.image.first[0]:+.4f}" in steps[0][1][1]
+    assert f"norm of the image: {found.image.norm_before:.4f} → 1.0000" in steps[2][1]
+    assert "the model has none, so 100" in steps[3][1][0]
+    assert f"`{found.winner}`" in steps[4][1][1]
     assert found.logit_scale_source == "fallback"
+    assert found.rows()[0] == ("x", found.cosines[0], found.logits[0], found.probabilities[0])
     values = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert {"shape", "first", "norm_before", "norm_after", "cosine", "logit", "probability"} <= set(values["texts"][0])
     assert values["texts"][1]["name"] == "r1"
+    one = inspect(make(IMAGE).normalize(), make(TEXTS[:1], "text"), logit_scale=2.0).steps()
+    assert one[1][0] == "Embed the text"
+    assert "came normalised" in one[2][1][-1]
 
 
 def test_sigmoid_models_show_both(make: Make) -> None:
@@ -52,7 +59,8 @@ def test_sigmoid_models_show_both(make: Make) -> None:
     np.testing.assert_allclose(found.sigmoids, 1 / (1 + np.exp(-np.array(found.logits))))
     np.testing.assert_allclose(found.logits, 10 * np.array(found.cosines) - 2)
     assert "sigmoid" in found.to_dict()["texts"][0]
-    assert "bias -2.000" in found.steps[3][1]
+    assert "bias -2.000" in found.steps()[3][1][0]
+    assert "sigmoid" in found.steps()[4][1][-1]
 
 
 def test_refusals(make: Make) -> None:

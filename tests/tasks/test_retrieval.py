@@ -90,6 +90,8 @@ def test_records(make: Make) -> None:
     assert [h["id"] for h in hits] == ["t1", "t3", "t0"]
     assert hits[0] == {"rank": 1, "id": "t1", "score": pytest.approx(0.894427), "row": 1, "text": "b"}
     assert "path" not in hits[0]
+    assert [name for name, _ in result.answers(0)] == ["t1", "t3", "t0"]
+    assert result.answers(0)[0][1] == hits[0]["score"]
     assert result.corpus_size == 4
     assert len(result) == 1
 

@@ -85,24 +85,48 @@ class Inspection:
         """The text with the highest logit (ties: the first)."""
         return self.texts[int(np.argmax(self.logits))].name
 
-    @property
-    def steps(self) -> tuple[tuple[str, str], ...]:
-        """Title and one sentence per step, with this image's own numbers in it."""
-        count = len(self.texts)
-        dim = self.image.shape[0]
-        norms = ", ".join(f"{t.norm_before:.3f}" for t in self.texts)
+    def rows(self) -> tuple[tuple[str, float, float, float], ...]:
+        """Return, per text, itself, its cosine, its logit and its probability."""
+        names = [facts.name for facts in self.texts]
+        return tuple(zip(names, self.cosines, self.logits, self.probabilities, strict=True))
+
+    def steps(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        """Return the title of each step and a few lines with this image's own numbers."""
+        count, dim = len(self.texts), self.image.shape[0]
         bias = "" if self.logit_bias is None else f", plus the bias {self.logit_bias:.3f}"
+        where = {"model": "the model's own", "argument": "as asked for", "fallback": "the model has none, so 100"}
         best = int(np.argmax(self.logits))
+        norms = [f"norm of `{t.name}`: {t.norm_before:.4f} → {t.norm_after:.4f}" for t in self.texts]
+        sigmoid_line = (
+            ()
+            if self.sigmoids is None
+            else (f"each text alone, by the sigmoid of its logit: {', '.join(f'{p:.4f}' for p in self.sigmoids)}",)
+        )
         return (
-            ("Embed the image", f"The image tower turns the picture into {dim} numbers; their norm is "
-             f"{self.image.norm_before:.3f}."),
-            ("Embed the texts", f"The text tower turns {count} text{'s' if count > 1 else ''} into {dim} numbers each; "
-             f"their norms are {norms}."),
-            ("Normalise", "Each vector is divided by its norm: now all have length 1 and only directions count."),
-            ("Compare", f"The cosine of the image with each text is multiplied by the logit scale "
-             f"{self.logit_scale:.2f}{bias}: these are the logits."),
-            ("Softmax", f"The logits become probabilities that add up to 1 over these {count} texts only; "
-             f"`{self.winner}` gets {self.probabilities[best]:.3f}."),
+            ("Embed the image", (
+                f"the image tower turns the picture into {dim} numbers, shape {self.image.shape}",
+                f"the first: {_numbers(self.image.first)}",
+            )),
+            (f"Embed {'the text' if count == 1 else f'{count} texts'}", (
+                f"the text tower turns each into {dim} numbers",
+                *(f"the first of `{t.name}`: {_numbers(t.first)}" for t in self.texts),
+            )),
+            ("Normalise", (
+                "each vector is divided by its norm: now all have length 1 and only directions count",
+                f"norm of the image: {self.image.norm_before:.4f} → {self.image.norm_after:.4f}",
+                *norms,
+                *(("the vectors came normalised, so the norms before are not the model's",)
+                  if self.already_normalized else ()),
+            )),
+            ("Compare", (
+                f"the cosine of the image with each text, times the logit scale {self.logit_scale:.4f} "
+                f"({where[self.logit_scale_source]}){bias}, is its logit",
+            )),
+            ("Softmax", (
+                f"the logits become probabilities that add up to 1 over {'it' if count == 1 else 'them'} only",
+                f"`{self.winner}` gets {self.probabilities[best]:.4f}",
+                *sigmoid_line,
+            )),
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
@@ -167,6 +191,10 @@ def inspect(image: Embeddings, texts: Embeddings, *, logit_scale: float | None =
         space,
         image.normalized or texts.normalized,
     )
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{v:+.4f}" for v in values) + ", ..."
 
 
 def _facts(name: str, raw: np.ndarray, unit: np.ndarray) -> VectorFacts:

@@ -64,6 +64,10 @@ class SearchResult:
         """What was searched by what: ``text → image``."""
         return f"{self.query_modality} → {self.corpus_modality}"
 
+    def answers(self, query: int) -> tuple[tuple[str, float], ...]:
+        """Return the ids and cosines of one query's answers, best first."""
+        return tuple((name, float(s)) for name, s in zip(self.ids[query], self.scores[query], strict=False))
+
     def to_records(self) -> list[list[dict[str, Any]]]:
         """Return, per query, its hits as ``{"rank", "id", "score", "row"}`` with ``text`` and ``path`` where known."""
         records = []
