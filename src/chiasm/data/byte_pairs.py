@@ -45,6 +45,11 @@ def clean_text(text: str) -> str:
     return " ".join(text.split()).lower()
 
 
+def prepare_text(text: str) -> str:
+    """Return a text with the words of :func:`clean_text`; white space of simple texts stays, as no word holds any."""
+    return text.lower() if SIMPLE_TEXT.fullmatch(text) else clean_text(text)
+
+
 def split_words(text: str) -> list[str]:
     """Return the words of a cleaned text as CLIP's pattern cuts them: letters, single digits, runs of anything else."""
     if text.isascii():
@@ -82,13 +87,17 @@ def read_merges() -> tuple[tuple[str, str], ...]:
         return tuple((left, right) for left, right in pairs)
 
 
+@lru_cache(maxsize=1)
+def _id_of_merge() -> dict[str, int]:
+    return {left + right: N_BYTE_IDS + i for i, (left, right) in enumerate(read_merges())}
+
+
 def close_over_parts(ids: Iterable[int]) -> tuple[int, ...]:
     """Return the merges among ``ids`` of the full vocabulary with every merge that they are built from, sorted.
 
     Every piece of CLIP's vocabulary is made by exactly one merge, so its parts are well defined.
     """
-    merges = read_merges()
-    id_of = {a + b: N_BYTE_IDS + i for i, (a, b) in enumerate(merges)}
+    merges, id_of = read_merges(), _id_of_merge()
     closed: set[int] = set()
     waiting = [i for i in ids if i >= N_BYTE_IDS]
     while waiting:
@@ -127,18 +136,17 @@ class BytePairs:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of any text, without special tokens (but a literal ``<end_of_text>`` becomes one)."""
+        return self.encode_cleaned(prepare_text(text))
+
+    def encode_cleaned(self, text: str) -> list[int]:
+        """Return the ids of a text that :func:`prepare_text` or :func:`clean_text` returned."""
         ids: list[int] = []
-        for word in self.split(text):
+        for word in split_words(text):
             ids += self._ids_of_word[word]
         return ids
 
-    def split(self, text: str) -> list[str]:
-        """Return the words of any text."""
-        # A simple text needs no folding of white space, because no word holds any.
-        return split_words(text.lower() if SIMPLE_TEXT.fullmatch(text) else clean_text(text))
-
     def encode_word(self, word: str) -> list[int]:
-        """Return the ids of one word of :meth:`split`."""
+        """Return the ids of one word of :func:`split_words`."""
         return list(self._ids_of_word[word])
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
+from numpy.typing import NDArray
 
-from chiasm.data.byte_pairs import END, N_BYTE_IDS, SIMPLE_TEXT, START, BytePairs
+from chiasm.data.byte_pairs import N_BYTE_IDS, BytePairs, prepare_text, split_words
 from chiasm.data.huggingface_tokenizer import HuggingFaceTokenizer
 from chiasm.data.tokens import (
     Tokens,
@@ -38,6 +39,9 @@ __all__ = [
     "WordSpan",
     "make_tokenizer",
 ]
+
+
+_ACCELERATED_BATCH = 8  # below this, converting the batch costs more than it saves
 
 
 @runtime_checkable
@@ -183,20 +187,29 @@ class ClipTokenizer:
     def encode(self, texts: str | Sequence[str], context_length: int | None = None) -> Tokens:
         """Return ids, lengths and the rows that were cut."""
         context = self.context_length if context_length is None else checked_context(context_length)
-        texts = checked_texts(texts)
-        fast = _accelerator() if self._accelerate and len(texts) >= 8 else None
-        if fast is not None and all(map(SIMPLE_TEXT.fullmatch, texts)):
-            # One id more than the context, to see which texts do not fit.
-            matrix = fast.tokenize_batch(texts, context_length=context + 1).astype(np.int64)
-            lengths = (matrix == self.eot_id).argmax(axis=1) + 1
-            # A literal special token looks like an end; such texts are rare and take the other way.
-            if not any(START in t.lower() or END in t.lower() for t in texts):
-                return to_tokens(matrix, lengths, context, end=self.eot_id)
-        rows = self.encode_ids(texts)
-        matrix = np.full((len(rows), context + 1), self.pad_id, dtype=np.int64)
-        for row, ids in zip(matrix, rows, strict=True):
-            row[: len(ids)] = ids[: context + 1]
-        return to_tokens(matrix, np.array([len(r) for r in rows], dtype=np.int64), context, end=self.eot_id)
+        cleaned = [prepare_text(text) for text in checked_texts(texts)]
+        matrix = np.zeros((len(cleaned), context + 1), dtype=np.int64)  # one id more, to see which texts do not fit
+        lengths = np.zeros(len(cleaned), dtype=np.int64)
+        remaining = self._fill_fast(cleaned, matrix, lengths)
+        start, end, encode = self.sot_id, self.eot_id, self._pairs.encode_cleaned
+        for i in remaining:
+            ids = [start, *encode(cleaned[i]), end]
+            lengths[i] = len(ids)
+            matrix[i, : len(ids)] = ids[: context + 1]
+        return to_tokens(matrix, lengths, context, end=end)
+
+    def _fill_fast(self, cleaned: list[str], matrix: NDArray[np.int64], lengths: NDArray[np.int64]) -> Sequence[int]:
+        """Encode the ASCII texts of a large batch by the accelerator, where there is one; return the other rows."""
+        fast = _accelerator() if self._accelerate and len(cleaned) >= _ACCELERATED_BATCH else None
+        rows = [i for i, text in enumerate(cleaned) if text.isascii()] if fast is not None else []
+        if fast is None or not rows:
+            return range(len(cleaned))
+        columns = matrix.shape[1]
+        ids = fast.tokenize_batch([cleaned[i] for i in rows], context_length=columns)
+        matrix[rows] = ids
+        # The last end token counts: a text may hold a literal one.
+        lengths[rows] = columns - (ids[:, ::-1] == self.eot_id).argmax(axis=1)
+        return [i for i, text in enumerate(cleaned) if not text.isascii()]
 
     def encode_ids(self, texts: str | Sequence[str]) -> list[list[int]]:
         """Return the ids of each text between its special tokens, neither cut nor padded, without torch."""
@@ -226,7 +239,7 @@ class ClipTokenizer:
         """Return the words of the cleaned text with the positions of their ids, cut to the context."""
         spans = []
         position, last = 1, self.context_length - 1
-        for word in self._pairs.split(checked_texts(text)[0]):
+        for word in split_words(prepare_text(checked_texts(text)[0])):
             stop = position + len(self._pairs.encode_word(word))
             if position < last:
                 spans.append(WordSpan(word, position, min(stop, last)))
