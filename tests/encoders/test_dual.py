@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from chiasm.encoders.base import ImageTowerConfig
 from chiasm.encoders.dual import DualEncoder, ProjectedImageTower, ProjectedTextTower
 from chiasm.errors import InputError
 
@@ -242,3 +243,13 @@ def test_locked_batch_norms_stand_still_even_when_the_rest_trains(make_config: M
     model.train()
     model.encode_image(torch.randn(4, 3, 8, 8) + 3)
     assert float(norm.running_mean.abs().sum()) > 0
+
+
+def test_the_stored_declaration_is_complete_in_itself(make_config: Make, tiny: Make) -> None:
+    assert tiny().stored_config == tiny().config
+    model = foreign(make_config)
+    assert model.stored_config == model.config
+    stored = ImageTowerConfig(kind="python", source="mine:tower", image_size=32, options={"all": "of it"})
+    model.visual.trunk.stored = stored  # type: ignore[union-attr, assignment]
+    assert model.stored_config.image == stored
+    assert model.stored_config.text == model.config.text

@@ -8,6 +8,7 @@ tower lies under ``visual.trunk.*`` and ``visual.head.*``, or ``text.transformer
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Self
 
 import torch
@@ -135,6 +136,16 @@ class DualEncoder(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init))
         bias = config.logit_bias_init
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(bias))
+
+    @property
+    def stored_config(self) -> EncoderConfig:
+        """The declaration to save beside the weights: it rebuilds the architecture where a hub or a source is absent.
+
+        A foreign tower that has an attribute ``stored`` (its own declaration, complete in itself) replaces its part.
+        """
+        image = getattr(self._trunk("image"), "stored", self.config.image)
+        text = getattr(self._trunk("text"), "stored", self.config.text)
+        return dataclasses.replace(self.config, image=image, text=text)
 
     def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
         """Return the embeddings (batch, dim) of pixels (batch, 3, size, size)."""
