@@ -74,7 +74,7 @@ def _image_tower(
 
         trunk = build_huggingface_image_tower(config)
     else:
-        trunk = _python_tower(config.source, dict(config.options), allow_code)
+        trunk = _python_tower(config, allow_code)
     _check_width(trunk, config.output_dim if not config.is_native else None, "image.output_dim")
     _adapt(trunk, config.freeze, config.lora)
     if fused:
@@ -103,7 +103,7 @@ def _text_tower(
 
         trunk = build_huggingface_text_tower(config)
     else:
-        trunk = _python_tower(config.source, dict(config.options), allow_code)
+        trunk = _python_tower(config, allow_code)
     _adapt(trunk, config.freeze, config.lora)
     if fused:
         _check_width(trunk, projection.dim, "projection.dim")
@@ -119,12 +119,17 @@ def _draw(tower: VisionTransformer | ModifiedResNet | TextTransformer, generator
         tower.init_weights(generator)
 
 
-def _python_tower(source: str | None, options: dict[str, object], allow_code: bool) -> nn.Module:
+def _python_tower(config: ImageTowerConfig | TextTowerConfig, allow_code: bool) -> nn.Module:
     from chiasm.encoders.external import build_python_tower
 
-    assert source is not None
-    tower: nn.Module = build_python_tower(source, options, allow_code=allow_code)
-    return tower
+    assert config.source is not None
+    return build_python_tower(
+        config.source,
+        config.options,
+        allow_code=allow_code,
+        image_size=config.image_size if isinstance(config, ImageTowerConfig) else None,
+        context_length=config.context_length if isinstance(config, TextTowerConfig) else None,
+    )
 
 
 def _adapt(trunk: nn.Module, freeze: bool, lora: LoraConfig | None) -> None:

