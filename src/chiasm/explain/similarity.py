@@ -1,0 +1,38 @@
+"""Patch–text similarity: how well the vector of each patch fits the text.
+
+No gradient is needed; one pass of the tower serves any number of texts. It works for every tower that gives patch
+vectors in the joint space (``patch_features``, ``patch_tokens``).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def patch_vectors(visual: nn.Module, pixels: Tensor) -> Tensor:
+    """Return the unit vector of every patch in the joint space: (batch, rows, columns, dim), float32.
+
+    Raises:
+        InputError: When the tower has no patch vectors.
+    """
+    tower: Any = visual
+    with torch.inference_mode():
+        vectors: Tensor = tower.patch_features(pixels)
+        return F.normalize(vectors.float(), dim=-1)
+
+
+def patch_text_maps(visual: nn.Module, pixels: Tensor, directions: Tensor) -> Tensor:
+    """Return the cosine of every patch with its image's text: (batch, rows, columns).
+
+    Args:
+        visual: Image tower in eval mode.
+        pixels: (batch, 3, size, size).
+        directions: (batch, dim), one a picture; see ``towers.text_direction``.
+    """
+    vectors = patch_vectors(visual, pixels)
+    with torch.inference_mode():
+        return torch.einsum("brcd,bd->brc", vectors, directions.to(vectors))
