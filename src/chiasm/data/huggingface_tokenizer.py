@@ -11,6 +11,7 @@ import numpy as np
 
 from chiasm.data.tokens import MIN_CONTEXT, Tokens, WordSpan, checked_context, checked_texts, to_tokens, warn_if_cut
 from chiasm.errors import FileFormatError, InputError
+from chiasm.io.package_files import find_package_file, is_package_source
 
 if TYPE_CHECKING:
     import torch
@@ -20,9 +21,10 @@ class HuggingFaceTokenizer:
     """A tokenizer of the ``tokenizers`` library, for BERT-like and T5-like text towers. Never goes to the network.
 
     Args:
-        source: A folder or file with a ``tokenizer.json``, a folder that transformers can read (``vocab.txt``, say), a
-            name in the local cache of the hub, the content of a ``tokenizer.json`` as a mapping, or a tokenizer object
-            of ``tokenizers`` or ``transformers``.
+        source: A folder or file with a ``tokenizer.json``, a folder that transformers can read (``vocab.txt``, say),
+            either of them inside an installed package (``package:name/folder``), a name in the local cache of the hub,
+            the content of a ``tokenizer.json`` as a mapping, or a tokenizer object of ``tokenizers`` or
+            ``transformers``.
         context_length: Ids of a row, special tokens included; default: what the source states.
         pad_token: The token that fills rows up; default: what the source states, else ``[PAD]`` or ``<pad>``.
 
@@ -134,7 +136,7 @@ def _read_huggingface(source: Any) -> tuple[dict[str, Any], int | None, str | No
     if isinstance(source, Mapping):
         return dict(source), None, None
     if isinstance(source, str | Path):
-        path = Path(source)
+        path = find_package_file(str(source)) if is_package_source(source) else Path(source)
         file = path / "tokenizer.json" if path.is_dir() else path
         if file.suffix == ".json" and file.is_file():
             try:
@@ -147,7 +149,7 @@ def _read_huggingface(source: Any) -> tuple[dict[str, Any], int | None, str | No
         from transformers import AutoTokenizer
 
         try:
-            source = AutoTokenizer.from_pretrained(str(source), local_files_only=True, trust_remote_code=False)
+            source = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
             raise InputError(
                 f"no tokenizer at `{path.name}`: neither a folder with its files nor a name in the local cache",
