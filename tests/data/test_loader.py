@@ -137,6 +137,16 @@ def test_an_error_in_the_consumer_ends_the_threads() -> None:
     assert not loader_threads()
 
 
+def test_only_some_rows_may_be_visited() -> None:
+    loader = Batches(range(100), rows=[7, 3, 50, 9], batch_size=3, load=draw)
+    assert [b.rows for b in loader] == [(7, 3, 50), (9,)]
+    assert len(loader) == 2
+    shuffled = Batches(range(100), rows=[7, 3, 50, 9], batch_size=4, load=draw, shuffle=True, seed=3)
+    assert sorted(next(iter(shuffled)).rows) == [3, 7, 9, 50]
+    everything = {row: value for b in Batches(range(100), batch_size=9, load=draw) for row, value in b.items}
+    assert all(everything[row] == value for b in loader for row, value in b.items)
+
+
 @pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"workers": -1}, {"start": -1}, {"seed": -1}])
 def test_wrong_numbers_are_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(InputError):

@@ -46,6 +46,7 @@ class Batches(Generic[T]):
 
     Args:
         samples: Only its length and the ids (for the reject log) are used here.
+        rows: Visit only these, in this order unless shuffled; None: all.
         batch_size: Rows a batch; the last one may be smaller.
         load: ``load(row, generator)`` makes one item; called from several threads at a time.
         seed: Of the shuffling and of the generators.
@@ -64,6 +65,7 @@ class Batches(Generic[T]):
         samples: Sequence[Any],
         *,
         batch_size: int,
+        rows: Sequence[int] | None = None,
         load: Callable[[int, np.random.Generator], T],
         seed: int = 0,
         epoch: int = 0,
@@ -79,6 +81,7 @@ class Batches(Generic[T]):
         if workers < 0 or start < 0 or seed < 0 or epoch < 0:
             raise InputError("workers, start, seed and epoch must not be negative")
         self.samples = samples
+        self.rows = np.asarray(range(len(samples)) if rows is None else rows, dtype=np.int64)
         self.batch_size = batch_size
         self.load = load
         self.seed = seed
@@ -92,15 +95,14 @@ class Batches(Generic[T]):
 
     def __len__(self) -> int:
         """Return the number of batches of the whole epoch, whatever ``start`` is."""
-        whole, rest = divmod(len(self.samples), self.batch_size)
+        whole, rest = divmod(len(self.rows), self.batch_size)
         return whole + (1 if rest and not self.drop_last else 0)
 
     def order(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Return the rows of this epoch in the order in which they are visited."""
-        n = len(self.samples)
         if not self.shuffle:
-            return np.arange(n, dtype=np.int64)
-        return np.random.default_rng([self.seed, self.epoch, 0]).permutation(n).astype(np.int64)
+            return self.rows
+        return np.random.default_rng([self.seed, self.epoch, 0]).permutation(self.rows)
 
     def generator(self, row: int) -> np.random.Generator:
         """Return the random generator that ``load`` gets for this row in this epoch."""

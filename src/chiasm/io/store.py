@@ -118,6 +118,14 @@ class EmbeddingStore:
             found.extend(zip(batch["row"].to_pylist(), batch["id"].to_pylist(), strict=True))
         return tuple(i for _, i in sorted(found))
 
+    def lock(self) -> None:
+        """Take the right to write now, so that work that takes long is not done in vain.
+
+        Raises:
+            InputError: Another process writes to the store.
+        """
+        self._writable()
+
     def append(self, embeddings: Embeddings) -> int:
         """Add the rows whose (modality, id) is not stored yet, all of them in one commit.
 

@@ -1,0 +1,179 @@
+"""Embed phantom-like images into a store, kill -9 at random moments, go on: nothing is lost, doubled or different."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from chiasm.io.store import open_store
+from chiasm.types import Modality
+
+ROWS = 240
+MODALITIES: tuple[Modality, ...] = ("image", "text")
+
+#: A real torch model with the encoder's face; slow enough that a kill falls into the work.
+RUN = """
+import sys, time
+import numpy as np, torch
+torch.set_num_threads(1)
+from chiasm import embed
+from chiasm.data.tokens import Tokens
+from chiasm.datasets import load_table
+from chiasm.types import Preprocess, Space
+
+class Letters:
+    context_length = 16
+    def encode(self, texts):
+        ids = torch.zeros(len(texts), 16, dtype=torch.long)
+        for row, text in enumerate(texts):
+            ids[row, : len(text)] = torch.tensor([ord(c) % 256 for c in text])
+        return Tokens(ids, torch.tensor([len(t) for t in texts]), ())
+
+class Slow:
+    name, dim, logit_scale, logit_bias = "slow", 16, 10.0, None
+    preprocess_spec = Preprocess(size=32)
+    space = Space("slow", "seed0", Preprocess(size=32).digest, 16)
+    tokenizer = Letters()
+    def __init__(self):
+        torch.manual_seed(0)
+        self.conv = torch.nn.Conv2d(1, 8, 5).eval()
+        self.head = torch.nn.Linear(8 * 28 * 28, 16).eval()
+        self.words = torch.nn.Embedding(256, 16)
+    def preprocess(self, image):
+        return torch.from_numpy(np.asarray(image, np.float32) / 255)[None]
+    @torch.inference_mode()
+    def encode_image(self, pixels, normalize=False):
+        time.sleep(0.002 * len(pixels))
+        return torch.nn.functional.normalize(self.head(self.conv(pixels).relu().flatten(1)), dim=1)
+    @torch.inference_mode()
+    def encode_text(self, tokens, normalize=False):
+        time.sleep(0.03)
+        return torch.nn.functional.normalize(self.words(tokens.ids).mean(1), dim=1)
+
+embed.CHUNK_ROWS, embed.SORTED_BATCHES = 24, 3
+class Tell:
+    def start(self, total, description): print(description, total, flush=True)
+    def advance(self, n=1, **fields): print("at", n, flush=True)
+    def finish(self): pass
+for path in sys.argv[2:]:
+    done = embed.embed_to_store(Slow(), load_table(sys.argv[1]), path, batch_size=8, progress=Tell())
+    print(done.sentence(), flush=True)
+"""
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(1)
+    yy, xx = np.mgrid[:32, :32]
+    rows = ["image,caption,patient_id"]
+    (tmp_path / "images").mkdir()
+    for i in range(ROWS):
+        cx, cy, r = rng.uniform(8, 24), rng.uniform(8, 24), rng.uniform(3, 9)
+        disc = 150 * ((xx - cx) ** 2 + (yy - cy) ** 2 < r * r) + rng.normal(50, 10, (32, 32))
+        Image.fromarray(np.clip(disc, 0, 255).astype(np.uint8)).save(tmp_path / "images" / f"{i:03d}.png")
+        rows.append(f"images/{i:03d}.png,disc {int(cx)} {i} px,p{i // 3}")
+    (tmp_path / "images" / "017.png").write_bytes(b"torn")
+    (tmp_path / "table.csv").write_text("\n".join(rows) + "\n")
+    return tmp_path / "table.csv"
+
+
+def test_killed_runs_resume_to_the_same_store(table: Path, tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(RUN)
+    command = [sys.executable, str(script), str(table), str(tmp_path / "store")]
+    seed = random.SystemRandom().randrange(10**6)  # a new moment every time; shown when the test fails
+    draw = random.Random(seed)
+    for stage, batches in (("images", 20), ("texts", 4)):
+        left, seen = draw.randrange(batches), ""
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        for line in process.stdout:
+            left -= line.startswith("at") if f"embedding {stage}" in seen else 0
+            seen += line
+            if left < 0:
+                time.sleep(draw.uniform(0, 0.03))
+                os.kill(process.pid, signal.SIGKILL)
+                break
+        process.stdout.close()
+        assert process.wait(timeout=120) == -signal.SIGKILL
+    partly = {m: open_store(tmp_path / "store").read(m) for m in MODALITIES}
+    assert len(partly["image"]) + len(partly["text"]) < 2 * ROWS - 1, f"seed {seed}"
+    done = subprocess.run(
+        [*command, str(tmp_path / "whole")], check=True, capture_output=True, text=True, timeout=120
+    ).stdout
+    assert "1 row rejected" in done
+    assert str(tmp_path) not in done
+    for modality, part in partly.items():
+        whole, resumed = (open_store(tmp_path / name).read(modality) for name in ("whole", "store"))
+        assert len(whole) == (ROWS - 1 if modality == "image" else ROWS)
+        for name in ("ids", "texts", "paths", "patients"):
+            assert getattr(resumed, name) == getattr(whole, name), f"{name}, seed {seed}"
+        np.testing.assert_array_equal(resumed.vectors, whole.vectors, err_msg=f"seed {seed}")
+        assert part.ids == whole.ids[: len(part)]  # what a kill leaves is whole and right
+        np.testing.assert_array_equal(part.vectors, whole.vectors[: len(part)])
+
+
+def test_ctrl_c_in_a_real_process_keeps_what_is_done(table: Path, tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(RUN)
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(table), str(tmp_path / "store")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stderr is not None
+    for line in process.stdout:
+        if line.startswith("at"):
+            process.send_signal(signal.SIGINT)
+            break
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGINT
+    assert "interrupted: " in errors
+    stored = open_store(tmp_path / "store").count()
+    assert f"interrupted: {stored} of {2 * ROWS} rows are stored" in errors
+    assert stored >= 8
+    assert len(list((tmp_path / "store" / "embeddings.lance" / "_versions").glob("*.manifest"))) <= 2
+
+
+def test_a_full_disk_keeps_what_is_done_and_the_next_run_ends_the_job(table: Path, tmp_path: Path) -> None:
+    """A real failure of the file system: files may not grow beyond 9 kB, so small chunks fit and large ones do not."""
+    script = tmp_path / "run.py"
+    head, _, _ = RUN.partition("for path in")
+    script.write_text(
+        head
+        + """
+import resource
+from chiasm.errors import InputError
+def run(limit, rows):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, -1))
+    embed.CHUNK_ROWS = rows
+    return embed.embed_to_store(Slow(), data, sys.argv[2], batch_size=8, modalities=("image",)).added["image"]
+data = load_table(sys.argv[1])
+whole, data = data, data.select(range(48))
+print(run(9_000, 24))
+data = whole
+try:
+    run(9_000, 160)
+except InputError as error:
+    print(error.message)
+print(embed.create_store(sys.argv[2], embed.StoreMetadata(Slow.space)).count())
+print(run(-1, 160))
+"""
+    )
+    done = subprocess.run(
+        [sys.executable, str(script), str(table), str(tmp_path / "store")],
+        check=True, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.stdout.splitlines() == [
+        "47", "the disk is full: the store could not be written", "47", str(ROWS - 48),
+    ]  # fmt: skip
+    assert open_store(tmp_path / "store").ids("image")[-1] == "images/239.png"
