@@ -25,7 +25,7 @@ sizes = st.integers(1, 24)
 dims = st.integers(1, 12)
 scales = st.floats(0.5, 100)
 seeds = st.integers(0, 2**31)
-laws = settings(max_examples=40, deadline=None)
+laws = settings(max_examples=25, deadline=None)
 
 
 def pairs(n, dim, seed, dtype=torch.float64):
@@ -145,6 +145,27 @@ def test_unique_keys_are_info_nce(n, dim, scale, seed):
     torch.testing.assert_close(
         siglip(image, text, scale, -1.0, keys=keys), siglip(image, text, scale, -1.0), rtol=1e-9, atol=1e-12
     )
+
+
+@pytest.mark.parametrize("labels", [1, 2, 3, 7, 30, 60])
+@pytest.mark.parametrize("tile", [7, None])
+def test_few_labels_and_many_labels(plain, labels, tile):
+    """From every pair positive to one positive a row: a list of pairs at one end, a mask at the other."""
+    image, text = pairs(60, 9, labels)
+    keys = torch.arange(60) % labels
+    matrix = positives_from_keys(keys).double()
+
+    def run(loss):
+        inputs = [x.clone().requires_grad_() for x in (image, text, torch.tensor(12.0).double())]
+        value = loss(*inputs)
+        value.backward()
+        return [value.detach(), *(x.grad for x in inputs)]
+
+    expected = run(lambda i, t, s: plain.soft(i, t, s, matrix))
+    for targets in (keys, matrix, 3 * matrix):
+        found = run(lambda i, t, s, targets=targets: multi_positive_info_nce(i, t, s, targets, tile=tile))
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
 @laws

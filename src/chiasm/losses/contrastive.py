@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 from chiasm.errors import InputError
-from chiasm.losses.soft_targets import DenseTargets, KeyTargets, Targets, TiledSoftInfoNCE
-from chiasm.losses.tiled import Plan, TiledInfoNCE, TiledSigLIP
+from chiasm.losses.pairs import Diagonal, PairList, counts_of
+from chiasm.losses.sigmoid import TiledSigLIP
+from chiasm.losses.soft_targets import DenseTargets, KeyTargets, TiledSoftInfoNCE
+from chiasm.losses.tiled import Plan, TiledInfoNCE
 
 LOG_100 = math.log(100.0)
 """Largest logarithm of the logit scale: CLIP's own clamp."""
@@ -34,6 +36,9 @@ SIGLIP_LOGIT_BIAS = -10.0
 
 ONE_MATRIX_LOGITS = 2048 * 2048
 """``tile="auto"`` keeps the logits for the backward pass up to this many (16 MiB); see ``benchmarks/loss.py``."""
+
+PAIRS_PER_ROW = 16
+"""Up to this many positives a row on average, they are kept in a list; more are found again in each tile."""
 
 TILE_ROWS = 256
 TILE_LOGITS = 2**21
@@ -91,12 +96,12 @@ def info_nce(
     """
     image, text, scale = _checked(image, text, logit_scale)
     if gathered is None:
-        return _apply(TiledInfoNCE, image, text, scale, _plan(tile, len(image), len(text)))
+        return _apply(TiledInfoNCE, image, text, scale, Diagonal(len(image)), _plan(tile, len(image), len(text)))
     all_image, all_text, _ = _checked(gathered.image, gathered.text, logit_scale)
     _check_rows(image, all_image, gathered.offset)
-    plan = _plan(tile, len(image), len(all_text))._replace(offset=gathered.offset, both=False)
-    to_text = _apply(TiledInfoNCE, image, all_text, scale, plan)
-    to_image = _apply(TiledInfoNCE, text, all_image, scale, plan)
+    plan, pairs = _plan(tile, len(image), len(all_text), both=False), Diagonal(len(image), gathered.offset)
+    to_text = _apply(TiledInfoNCE, image, all_text, scale, pairs, plan)
+    to_image = _apply(TiledInfoNCE, text, all_image, scale, pairs, plan)
     return (to_text + to_image) / 2
 
 
@@ -136,16 +141,17 @@ def multi_positive_info_nce(
     """
     image, text, scale = _checked(image, text, logit_scale)
     if gathered is None:
-        known = _targets_of(targets, len(image), image.dtype)
-        return _apply(TiledSoftInfoNCE, image, text, scale, known, _plan(tile, len(image), len(text)))
+        plan = _plan(tile, len(image), len(text))
+        if targets.ndim == 1:
+            keys = _check_keys(targets, len(image))
+            return _with_keys(image, text, scale, keys, keys, plan)
+        return _apply(TiledSoftInfoNCE, image, text, scale, _check_matrix(targets, image), plan)
     all_image, all_text, _ = _checked(gathered.image, gathered.text, logit_scale)
     _check_rows(image, all_image, gathered.offset)
     local, everywhere = _check_keys(targets, len(image)), _check_keys(gathered.keys, len(all_text))
-    by_key = KeyTargets(local, everywhere, image.dtype)
-    _check_sums(by_key.row_sums, "local row")
-    plan = _plan(tile, len(image), len(all_text))._replace(both=False)
-    to_text = _apply(TiledSoftInfoNCE, image, all_text, scale, by_key, plan)
-    to_image = _apply(TiledSoftInfoNCE, text, all_image, scale, by_key, plan)
+    plan = _plan(tile, len(image), len(all_text), both=False)
+    to_text = _with_keys(image, all_text, scale, local, everywhere, plan)
+    to_image = _with_keys(text, all_image, scale, local, everywhere, plan)
     return (to_text + to_image) / 2
 
 
@@ -194,8 +200,8 @@ def siglip(
         def flip(values: Tensor, part: slice) -> None:
             values.copy_(torch.where(by_key.is_equal(part), -values, values))
 
-    plan = _plan(tile, len(image), len(columns))._replace(offset=offset)
-    return _apply(TiledSigLIP, image, columns, scale, bias, flip, plan)
+    plan = _plan(tile, len(image), len(columns))
+    return _apply(TiledSigLIP, image, columns, scale, bias, Diagonal(len(image), offset), flip, plan)
 
 
 @torch.no_grad()
@@ -264,7 +270,7 @@ def _checked(image: Tensor, text: Tensor, logit_scale: Tensor | float) -> tuple[
     dtype = torch.float64 if torch.float64 in (image.dtype, text.dtype) else torch.float32
     image, text = image.to(dtype), text.to(dtype)
     scale = _scalar(logit_scale, "logit scale", image)
-    if not bool(torch.isfinite(image).all() & torch.isfinite(text).all()):
+    if not bool(torch.isfinite(image.sum() + text.sum())):  # one pass; NaN and infinity survive a sum
         raise InputError(
             "features hold NaN or infinite values", hint="lower the learning rate, or look for a broken image"
         )
@@ -295,13 +301,22 @@ def _check_keys(keys: Tensor | None, n: int) -> Tensor:
     return keys
 
 
-def _targets_of(targets: Tensor, n: int, dtype: torch.dtype) -> Targets:
-    if targets.ndim == 1:
-        keys = _check_keys(targets, n)
-        return KeyTargets(keys, keys, dtype)
+def _with_keys(
+    rows: Tensor, columns: Tensor, scale: Tensor, row_keys: Tensor, column_keys: Tensor, plan: Plan
+) -> Tensor:
+    """Return the loss of targets given by keys, in the form that suits their number."""
+    per_row, _ = counts_of(row_keys, column_keys)
+    _check_sums(per_row, "row")
+    if int(per_row.sum()) <= PAIRS_PER_ROW * len(rows):
+        return _apply(TiledInfoNCE, rows, columns, scale, PairList(row_keys, column_keys), plan)
+    return _apply(TiledSoftInfoNCE, rows, columns, scale, KeyTargets(row_keys, column_keys, rows.dtype), plan)
+
+
+def _check_matrix(targets: Tensor, features: Tensor) -> DenseTargets:
+    n = len(features)
     if targets.shape != (n, n):
         raise InputError(f"targets must be {n} keys or a ({n}, {n}) matrix, got shape {tuple(targets.shape)}")
-    matrix = targets.detach().to(dtype)
+    matrix = targets.detach().to(features.dtype)
     if not bool((torch.isfinite(matrix) & (matrix >= 0)).all()):
         raise InputError("targets must be finite and not negative")
     dense = DenseTargets(matrix)
@@ -318,14 +333,14 @@ def _check_sums(sums: Tensor, name: str) -> None:
         )
 
 
-def _plan(tile: Tile, n: int, m: int) -> Plan:
+def _plan(tile: Tile, n: int, m: int, *, both: bool = True) -> Plan:
     """Choose the rows of a tile, and whether the logits are kept for the backward pass."""
     differentiate = torch.is_grad_enabled()
     if tile is None:
-        return Plan(n, keep=differentiate, differentiate=differentiate)
+        return Plan(n, both, keep=differentiate, differentiate=differentiate)
     if tile == "auto":
         rows = max(64, min(TILE_ROWS, TILE_LOGITS // m))
-        return Plan(rows, keep=differentiate and n * m <= ONE_MATRIX_LOGITS, differentiate=differentiate)
+        return Plan(rows, both, differentiate and n * m <= ONE_MATRIX_LOGITS, differentiate)
     if isinstance(tile, bool) or not isinstance(tile, int) or tile < 1:
         raise InputError(f"tile must be a positive number of rows, `auto` or None, got {tile!r}")
-    return Plan(tile, differentiate=differentiate)
+    return Plan(tile, both, differentiate=differentiate)

@@ -1,11 +1,10 @@
-"""InfoNCE with several or soft positives, tile by tile: targets from keys never become an N × N matrix.
+"""InfoNCE with soft targets, or with so many positives that a list of pairs would be longer than the features.
 
 Comes in: features and :class:`Targets`. Goes out: cross-entropy between the softmax of each row (and column) of the
-logits and the targets normalised over that row (column). With one positive a row it equals InfoNCE.
+logits and the targets normalised over that row (column), tile by tile.
 
 Notable choice: the derivative by the logit of a positive, softmax − target, is formed as target · expm1(log of their
-ratio), so that it keeps its relative precision when the softmax is near the target. With identical positives the
-logarithm is exactly −softplus(others − positives).
+ratio), so that it keeps its relative precision when the softmax is near the target.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from chiasm.losses.pairs import counts_of
 from chiasm.losses.tiled import (
+    FeatureGradients,
     LogSum,
-    PairGradients,
     Plan,
     RunningLogSum,
     log_sum_of_rows,
-    share_of_others,
     tiles_of,
     wide,
     without_autocast,
@@ -36,6 +35,7 @@ class Targets(Protocol):
 
     row_sums: Tensor
     column_sums: Tensor
+    is_binary: bool
 
     def tile(self, part: slice) -> Tensor:
         """Return the weights of the rows ``part``, shape (rows of the part, m)."""
@@ -50,16 +50,13 @@ class KeyTargets:
         dtype: Of the weights.
     """
 
+    is_binary = True
+
     def __init__(self, row_keys: Tensor, column_keys: Tensor, dtype: torch.dtype) -> None:
         self.row_keys = row_keys
         self.column_keys = column_keys
         self.dtype = dtype
-        n = len(row_keys)
-        names, number = torch.unique(torch.cat([row_keys, column_keys]), return_inverse=True)
-        in_rows = torch.bincount(number[:n], minlength=len(names))
-        in_columns = torch.bincount(number[n:], minlength=len(names))
-        self.row_sums = in_columns[number[:n]].to(dtype)
-        self.column_sums = in_rows[number[n:]].to(dtype)
+        self.row_sums, self.column_sums = (count.to(dtype) for count in counts_of(row_keys, column_keys))
 
     def is_equal(self, part: slice) -> Tensor:
         """Return where the keys agree, boolean, shape (rows of the part, m)."""
@@ -72,6 +69,8 @@ class KeyTargets:
 
 class DenseTargets:
     """Weights given as a matrix of shape (n, m)."""
+
+    is_binary = False
 
     def __init__(self, matrix: Tensor) -> None:
         self.matrix = matrix
@@ -86,8 +85,8 @@ class DenseTargets:
 class TiledSoftInfoNCE(torch.autograd.Function):
     """Mean over rows (and columns) of the cross-entropy between targets and softmax, in tiles of rows.
 
-    ``forward(rows, columns, scale, targets, plan)``, where ``plan.offset`` and ``plan.keep`` mean nothing. The targets
-    are constants: no gradient flows into them.
+    ``forward(rows, columns, scale, targets, plan)``, where ``plan.keep`` means nothing. The targets are constants:
+    no gradient flows into them.
     """
 
     @staticmethod
@@ -138,9 +137,9 @@ class TiledSoftInfoNCE(torch.autograd.Function):
         """Recompute each tile and gather the gradients of rows, columns and scale."""
         rows, columns, scale, *state = ctx.saved_tensors
         targets, both = ctx.targets, ctx.plan.both
-        by_row = Softmax(state[:5], targets.row_sums)
-        by_column = Softmax(state[5:], targets.column_sums) if both else None
-        gradients = PairGradients(rows, columns, ctx.needs_input_grad)
+        by_row = Softmax(state[:5], targets, 0)
+        by_column = Softmax(state[5:], targets, 1) if both else None
+        gradients = FeatureGradients(rows, columns, ctx.needs_input_grad)
         with without_autocast(rows.device):
             for part in tiles_of(len(rows), min(ctx.plan.tile, len(rows))):
                 logits = torch.mm(rows[part] * scale, columns.T)
@@ -165,12 +164,15 @@ class Softmax:
     Args:
         state: Log-sum-exp of the others less that of the positives, then maximum and total of the positives (logits
             with a weight above 0), then maximum and total of the others.
-        sums: Sum of the weights.
+        targets: The weights.
+        axis: 0 for rows, 1 for columns.
     """
 
-    def __init__(self, state: Sequence[Tensor], sums: Tensor) -> None:
+    def __init__(self, state: Sequence[Tensor], targets: Targets, axis: int) -> None:
+        sums = targets.column_sums if axis else targets.row_sums
+        self.is_binary = targets.is_binary
         gaps, positives, others = state[0], LogSum(*state[1:3]), LogSum(*state[3:5])
-        _, factor = share_of_others(gaps, others)
+        factor = others.factor(torch.sigmoid(gaps))
         # In this order: for equal positives the first difference is exactly 0, and the small softplus survives.
         log_of_rest = (positives.total.to(gaps.dtype).log() - sums.to(gaps.dtype).log()) + F.softplus(gaps)
         self.columns = (positives.maximum, log_of_rest.to(sums.dtype), sums, others.maximum, factor)
@@ -179,6 +181,9 @@ class Softmax:
         """Return softmax − target for a tile; ``part`` names its rows, None means that the values belong to columns."""
         top, rest, sums, top_of_others, factor = (v if part is None else v[part].unsqueeze(1) for v in self.columns)
         target = weights / sums
-        on = torch.sub(logits, top).sub_(rest).sub_(weights.log()).expm1_().mul_(target)
+        on = torch.sub(logits, top).sub_(rest)
+        if not self.is_binary:
+            on.sub_(weights.log())
+        on.expm1_().mul_(target)
         off = torch.sub(logits, top_of_others).exp_().mul_(factor)
         return torch.where(weights > 0, on, off)

@@ -1,6 +1,6 @@
-"""Contrastive losses tile by tile: the N × N logits never lie in memory at once, or once only when N is small.
+"""Softmax losses tile by tile: the N × N logits never lie in memory at once, or once only when N is small.
 
-Comes in: float32 (or float64) features, a logit scale tensor, the place of the diagonal. Goes out: a scalar whose
+Comes in: float32 (or float64) features, a logit scale tensor, the pairs that belong together. Goes out: a scalar whose
 backward recomputes each tile. Memory is O(N · (D + tile)) instead of O(N²).
 
 Notable choices:
@@ -15,18 +15,12 @@ Notable choices:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-Flip = Callable[[Tensor, slice], None]
-
-TILE_OF_PAIRS = 1024
-"""Rows of pairs that are multiplied in float64 at a time."""
 
 
 class Plan(NamedTuple):
@@ -34,14 +28,12 @@ class Plan(NamedTuple):
 
     Attributes:
         tile: Rows of logits that are worked on at a time.
-        offset: Row ``i`` belongs to column ``offset + i``.
-        both: Average the softmax over rows with the softmax over columns (as many columns as rows, offset 0).
+        both: Average the softmax over rows with the softmax over columns (as many columns as rows).
         keep: Store the logits for the backward pass: one matrix product less.
         differentiate: Whether a backward pass may follow (a Function cannot see ``torch.no_grad``).
     """
 
     tile: int
-    offset: int = 0
     both: bool = True
     keep: bool = False
     differentiate: bool = True
@@ -59,6 +51,43 @@ class LogSum(NamedTuple):
     def minus(self, logit: Tensor) -> Tensor:
         """Return the log-sum-exp less ``logit`` in the dtype of ``logit``; −∞ where the sum is empty."""
         return (self.maximum - logit) + self.total.to(logit.dtype).log()
+
+    def factor(self, share: Tensor) -> Tensor:
+        """Return what exp(logit − maximum) must be multiplied by to add up to ``share``; 0 where the sum is empty."""
+        return torch.where(self.total > 0, share / self.total, 0.0).to(self.total.dtype)
+
+
+class Side(NamedTuple):
+    """The softmax in one direction, over all rows or over all columns.
+
+    Attributes:
+        loss: Mean over the rows (or columns), 0-dim float64.
+        by_pair: d (sum of the losses) / d logit, for each pair that belongs together.
+        factor: times exp(logit − maximum) it is the same derivative for the other logits of a row (or column).
+    """
+
+    loss: Tensor
+    by_pair: Tensor
+    factor: Tensor
+
+
+class Pairs(Protocol):
+    """Which rows and columns belong together; see ``losses.pairs``."""
+
+    def cosines(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Return the product of the features of each pair, in float64."""
+
+    def hide(self, logits: Tensor, part: slice) -> None:
+        """Set the pairs of a tile, the rows ``part`` of all logits, to −∞."""
+
+    def put(self, by_logit: Tensor, part: slice, by_pair: Tensor) -> None:
+        """Write the derivatives of the pairs into a tile, or 0 when ``add_gradients`` takes care of them."""
+
+    def side(self, logits: Tensor, others: LogSum, axis: int) -> Side:
+        """Compare the logits of the pairs with those of the others, over rows (axis 0) or columns (axis 1)."""
+
+    def add_gradients(self, gradients: FeatureGradients, by_pair: Tensor, cosine: Tensor) -> None:
+        """Add what :meth:`put` left out."""
 
 
 class RunningLogSum:
@@ -115,94 +144,7 @@ def without_autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, enabled=False)
 
 
-def cosines_of_pairs(rows: Tensor, columns: Tensor, plan: Plan) -> Tensor:
-    """Return the product of each row with its partner among the columns, in float64, tile by tile."""
-    precise = wide(rows.device)
-    cosines = rows.new_empty(len(rows), dtype=precise)
-    for part in tiles_of(len(rows), min(plan.tile, TILE_OF_PAIRS)):
-        partners = columns[plan.offset + part.start : plan.offset + part.stop]
-        cosines[part] = (rows[part].to(precise) * partners.to(precise)).sum(1)
-    return cosines
-
-
-def share_of_others(gap: Tensor, others: LogSum) -> tuple[Tensor, Tensor]:
-    """Return the probability of all other columns together, and the factor of exp(logit − maximum) that gives each.
-
-    Args:
-        gap: Log-sum-exp of the others less the logit of the pair.
-        others: The log-sum-exp itself.
-    """
-    share = torch.sigmoid(gap)
-    factor = torch.where(others.total > 0, share / others.total, 0.0)
-    return share.to(others.total.dtype), factor.to(others.total.dtype)
-
-
-class TiledInfoNCE(torch.autograd.Function):
-    """Mean over rows (and columns) of −log softmax at the pair, in tiles of rows.
-
-    ``forward(rows, columns, scale, plan)`` with ``rows`` (n, D) and ``columns`` (m, D).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, columns: Tensor, scale: Tensor, plan: Plan) -> Tensor:
-        """Return the loss as a 0-dim tensor."""
-        n, m = len(rows), len(columns)
-        tile, offset, both, keep = min(plan.tile, n), plan.offset, plan.both, plan.keep
-        precise = wide(rows.device)
-        kept = rows.new_empty((n if keep else tile, m))
-        buffer = rows.new_empty((tile, m))
-        pair = cosines_of_pairs(rows, columns, plan)
-        others = LogSum(rows.new_empty(n), rows.new_empty(n))
-        running = RunningLogSum(m, rows)
-        with without_autocast(rows.device):
-            for part in tiles_of(n, tile):
-                size = part.stop - part.start
-                logits = kept[part] if keep else kept[:size]
-                torch.mm(rows[part] * scale, columns.T, out=logits)
-                logits.diagonal(offset + part.start).fill_(-torch.inf)
-                others.maximum[part], others.total[part] = log_sum_of_rows(logits, buffer[:size])
-                if both:
-                    running.add(logits, buffer[:size])
-            logit_of_pair = pair * scale.to(precise)
-            gaps, column_others = others.minus(logit_of_pair), running.value()
-            if both:
-                gaps = torch.cat([gaps, column_others.minus(logit_of_pair)])
-        ctx.plan = plan
-        ctx.save_for_backward(rows, columns, scale, pair, gaps, *others, *column_others, kept if keep else None)
-        return F.softplus(gaps).mean().to(rows.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """Recompute each tile (or take the kept one) and gather the gradients of rows, columns and scale."""
-        rows, columns, scale, pair, gaps, top, total, column_top, column_total, kept = ctx.saved_tensors
-        offset, tile, both = ctx.plan.offset, min(ctx.plan.tile, len(rows)), ctx.plan.both
-        n, m = len(rows), len(columns)
-        share, factor = share_of_others(gaps[:n], LogSum(top, total))
-        if both:
-            column_share, column_factor = share_of_others(gaps[n:], LogSum(column_top, column_total))
-            share = share + column_share
-        gradients = PairGradients(rows, columns, ctx.needs_input_grad)
-        first = rows.new_empty((tile, m))
-        second = rows.new_empty((tile, m)) if both else first
-        with without_autocast(rows.device):
-            for part in tiles_of(n, tile):
-                p, q = first[: part.stop - part.start], second[: part.stop - part.start]
-                logits = kept[part] if kept is not None else torch.mm(rows[part] * scale, columns.T, out=p)
-                if both:
-                    torch.sub(logits, column_top, out=q).exp_().mul_(column_factor)
-                torch.sub(logits, top[part].unsqueeze(1), out=p).exp_()
-                if both:
-                    torch.addcmul(q, p, factor[part].unsqueeze(1), out=p)
-                else:
-                    p.mul_(factor[part].unsqueeze(1))
-                p.diagonal(offset + part.start).zero_()
-                gradients.add(part, p)
-        gradients.add_pairs(offset, -share, pair)
-        return *gradients.scaled(scale, upstream / len(gaps)), None
-
-
-class PairGradients:
+class FeatureGradients:
     """Gathers the gradients of rows, columns and scale from tiles of d loss / d logit.
 
     Args:
@@ -218,33 +160,15 @@ class PairGradients:
         self.scale = rows.new_zeros((), dtype=wide(rows.device)) if wanted[2] else None
 
     def add(self, part: slice, by_logit: Tensor) -> None:
-        """Take in d loss / d logit of the rows ``part``, shape (rows of the part, m)."""
+        """Take in d loss / d logit of the rows ``part``, shape (rows of the part, m); each part comes once."""
         rows, columns = self.features
         if self.rows is not None or self.scale is not None:
-            pulled = by_logit @ columns
+            pulled = rows.new_empty(rows[part].shape) if self.rows is None else self.rows[part]
+            torch.mm(by_logit, columns, out=pulled)
             if self.scale is not None:
-                self.scale += torch.sum(rows[part] * pulled, dtype=self.scale.dtype)
-            if self.rows is not None:
-                self.rows[part] = pulled
+                self.scale += (rows[part] * pulled).sum(1).sum(dtype=self.scale.dtype)
         if self.columns is not None:
             self.columns.addmm_(by_logit.T, rows[part])
-
-    def add_pairs(self, offset: int, by_logit: Tensor, cosine: Tensor) -> None:
-        """Take in the diagonal, after all tiles: one addition of the largest term rounds less than a sum through it.
-
-        Args:
-            offset: The partner of row ``i`` is column ``offset + i``.
-            by_logit: d loss / d logit of each pair, shape (n,).
-            cosine: Product of the features of each pair, shape (n,).
-        """
-        rows, columns = self.features
-        partners = slice(offset, offset + len(rows))
-        if self.rows is not None:
-            self.rows.addcmul_(columns[partners], by_logit.unsqueeze(1))
-        if self.columns is not None:
-            self.columns[partners].addcmul_(rows, by_logit.unsqueeze(1))
-        if self.scale is not None:
-            self.scale += torch.sum(by_logit * cosine, dtype=self.scale.dtype)
 
     def scaled(self, scale: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return the three gradients for a loss that is ``weight`` × the sum of what was taken in."""
@@ -255,51 +179,66 @@ class PairGradients:
         return self.rows, self.columns, by_scale
 
 
-class TiledSigLIP(torch.autograd.Function):
-    """Sum over all pairs of −log sigmoid(±logit), divided by the number of rows, in tiles of rows.
+class TiledInfoNCE(torch.autograd.Function):
+    """Mean over rows (and columns) of the cross-entropy between the pairs and the softmax, in tiles of rows.
 
-    ``forward(rows, columns, scale, bias, flip, plan)``: ``flip(values, part)`` changes, in place, the sign of those of
-    ``values``, shape (rows of the part, m), whose row and column belong together; None: only the diagonal does. Every
-    logit stands for itself alone, so the gradients come out of the same pass and backward only multiplies them by the
-    incoming scalar.
+    ``forward(rows, columns, scale, pairs, plan)`` with ``rows`` (n, D) and ``columns`` (m, D). With ``plan.both`` the
+    mean of both directions is returned.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, columns: Tensor, scale: Tensor, bias: Tensor, flip: Flip | None, plan: Plan
-    ) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, columns: Tensor, scale: Tensor, pairs: Pairs, plan: Plan) -> Tensor:
         """Return the loss as a 0-dim tensor."""
         n, m = len(rows), len(columns)
-        tile, precise = min(plan.tile, n), wide(rows.device)
-        wanted = [plan.differentiate and needed for needed in ctx.needs_input_grad[:4]]
-        gradients = PairGradients(rows, columns, wanted)
-        pair = cosines_of_pairs(rows, columns, plan)
-        logit_of_pair = pair * scale.to(precise) + bias.to(precise)
-        by_pair = -torch.sigmoid(-logit_of_pair)
-        loss, by_bias = F.softplus(-logit_of_pair).sum(), by_pair.sum()
+        tile, both, keep = min(plan.tile, n), plan.both, plan.keep
+        kept = rows.new_empty((n if keep else tile, m))
         buffer = rows.new_empty((tile, m))
+        others = LogSum(rows.new_empty(n), rows.new_empty(n))
+        running = RunningLogSum(m, rows)
         with without_autocast(rows.device):
             for part in tiles_of(n, tile):
-                logits = buffer[: part.stop - part.start]
-                torch.addmm(bias, rows[part] * scale, columns.T, out=logits)
-                if flip is not None:
-                    flip(logits, part)
-                logits.diagonal(plan.offset + part.start).fill_(-torch.inf)
-                loss += F.softplus(logits).sum(1).sum(dtype=precise)
-                if any(wanted):
-                    logits.sigmoid_()
-                    if flip is not None:
-                        flip(logits, part)
-                    by_bias += logits.sum(1).sum(dtype=precise)
-                    gradients.add(part, logits)
-        gradients.add_pairs(plan.offset, by_pair.to(rows.dtype), pair)
-        weight = rows.new_tensor(1.0 / n)
-        by_bias_out = (by_bias * weight).to(bias.dtype) if wanted[3] else None
-        ctx.save_for_backward(*gradients.scaled(scale, weight), by_bias_out)
-        return (loss / n).to(rows.dtype)
+                size = part.stop - part.start
+                logits = kept[part] if keep else kept[:size]
+                torch.mm(rows[part] * scale, columns.T, out=logits)
+                pairs.hide(logits, part)
+                others.maximum[part], others.total[part] = log_sum_of_rows(logits, buffer[:size])
+                if both:
+                    running.add(logits, buffer[:size])
+            cosine = pairs.cosines(rows, columns)
+            logits = cosine * scale.to(cosine.dtype)
+            side = pairs.side(logits, others, 0)
+            state = [cosine, side.by_pair, others.maximum, side.factor]
+            loss = side.loss
+            if both:
+                other_side = pairs.side(logits, running.value(), 1)
+                state[1] = side.by_pair + other_side.by_pair
+                state += [running.value().maximum, other_side.factor]
+                loss = (loss + other_side.loss) / 2
+        ctx.pairs, ctx.plan = pairs, plan
+        ctx.save_for_backward(rows, columns, scale, kept if keep else None, *state)
+        return loss.to(rows.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        """Multiply the stored gradients by the incoming one."""
-        return *(None if g is None else g * upstream for g in ctx.saved_tensors), None, None
+        """Recompute each tile (or take the kept one) and gather the gradients of rows, columns and scale."""
+        rows, columns, scale, kept, cosine, by_pair, top, factor, *by_column = ctx.saved_tensors
+        n, m = len(rows), len(columns)
+        tile = min(ctx.plan.tile, n)
+        gradients = FeatureGradients(rows, columns, ctx.needs_input_grad)
+        buffers = rows.new_empty((2 if by_column else 1, tile, m))
+        with without_autocast(rows.device):
+            for part in tiles_of(n, tile):
+                p, q = buffers[0, : part.stop - part.start], buffers[-1, : part.stop - part.start]
+                logits = kept[part] if kept is not None else torch.mm(rows[part] * scale, columns.T, out=p)
+                if by_column:
+                    torch.sub(logits, by_column[0], out=q).exp_().mul_(by_column[1])
+                torch.sub(logits, top[part].unsqueeze(1), out=p).exp_()
+                if by_column:
+                    torch.addcmul(q, p, factor[part].unsqueeze(1), out=p)
+                else:
+                    p.mul_(factor[part].unsqueeze(1))
+                ctx.pairs.put(p, part, by_pair)
+                gradients.add(part, p)
+            ctx.pairs.add_gradients(gradients, by_pair, cosine)
+        return *gradients.scaled(scale, upstream / (2 * n if by_column else n)), None, None
