@@ -24,6 +24,8 @@ from chiasm.errors import FileFormatError, InputError
 #: Pixels above which a file is refused unless the caller allows more; Pillow's own limit for "decompression bombs".
 MAX_PIXELS = 178_956_970
 
+#: Drawings that Pillow would hand to an interpreter (Ghostscript, Windows).
+_PROGRAMS = ("EPS", "WMF", "EMF")
 _DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
 # Pillow's decoders report damage with whatever the damaged value happened to break.
@@ -56,8 +58,8 @@ def open_image(
 
     Args:
         source: Path of the file, its bytes, or a binary stream.
-        max_pixels: A larger image is refused from its header, before it is decoded. Pillow refuses more than
-            ``PIL.Image.MAX_IMAGE_PIXELS`` × 2 by itself, whatever is allowed here.
+        max_pixels: A larger image is refused from its header, before it is decoded. Pillow has a say too: it warns
+            above ``PIL.Image.MAX_IMAGE_PIXELS`` (89 million) and refuses twice that, whatever is allowed here.
         frame: Which frame of an animation or of a multi-page file, from 0; such files are refused without it. A JPEG
             with extra pictures (MPO, as telephones write it) counts as its first picture.
         exif: Turn the image as its EXIF orientation says. Off by default, as in open_clip and transformers.
@@ -120,6 +122,10 @@ def _decode(
     except _DECODER_ERRORS as error:
         raise FileFormatError(f"image `{name}` cannot be read: {_reason(error)}") from error
     try:
+        if image.format in _PROGRAMS:
+            raise FileFormatError(
+                f"image `{name}` is a drawing ({image.format}), expected pixels", hint="save it as PNG"
+            )
         _check_size(image, name, max_pixels)
         _select_frame(image, name, frame)
         _check_size(image, name, max_pixels)
@@ -177,9 +183,10 @@ def _window_to_8_bits(image: Image.Image, window: tuple[float, float] | None) ->
         low, high = window
         if not low < high:
             raise InputError(f"window ({low}, {high}) is empty: its first value must be below its second")
-    scale = 255.0 / (high - low) if high > low else 0.0
-    unit = np.nan_to_num((values.astype(np.float64) - low) * scale, nan=0.0, posinf=255.0, neginf=0.0)
-    result = Image.fromarray(np.rint(np.clip(unit, 0.0, 255.0)).astype(np.uint8))
+    with np.errstate(invalid="ignore"):  # infinite values of an otherwise constant image
+        levels = (values.astype(np.float64) - low) * 255.0 / (high - low if high > low else np.inf)
+    levels = np.nan_to_num(levels, nan=0.0, posinf=255.0, neginf=0.0)
+    result = Image.fromarray(np.rint(np.clip(levels, 0.0, 255.0)).astype(np.uint8))
     result.info["window"] = (low, high)
     return result
 
