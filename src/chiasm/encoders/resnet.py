@@ -80,7 +80,7 @@ class AttentionPool2d(nn.Module):
         return projected
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
+        return x.view(*x.shape[:2], self.heads, x.shape[2] // self.heads).transpose(1, 2)
 
 
 class ModifiedResNet(nn.Module):
