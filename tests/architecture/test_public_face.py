@@ -24,7 +24,9 @@ def test_import_is_light() -> None:
 def test_tasks_run_without_torch() -> None:
     modules = "import chiasm.tasks.zero_shot, chiasm.tasks.retrieval, chiasm.tasks.prompts, chiasm.tasks.inspection"
     assert "torch" not in loaded_after(modules)
-    assert "torch" not in loaded_after("import chiasm.metrics.classification, chiasm.metrics.bootstrap, chiasm.io.store")
+    assert "torch" not in loaded_after(
+        "import chiasm.metrics.classification, chiasm.metrics.bootstrap, chiasm.io.store"
+    )
 
 
 def test_public_names_are_few_and_exist() -> None:

@@ -113,7 +113,9 @@ def check_model(encoder: Encoder, *, seed: int = 0) -> list[Check]:
               None if finite else "the weights are damaged; fetch or train them again")
     )  # fmt: skip
     same = float(np.abs(first[:4] - again).max())
-    checks.append(Check("repeatable", "ok" if same < 1e-4 else "wrong", f"same image in another batch differs by {same:.1e}"))
+    checks.append(
+        Check("repeatable", "ok" if same < 1e-4 else "wrong", f"same image in another batch differs by {same:.1e}")
+    )
     for name, vectors in (("images", first), ("texts", words)):
         cosines = vectors @ vectors.T
         mean = float(cosines[~np.eye(len(cosines), dtype=bool)].mean())
