@@ -59,7 +59,7 @@ def test_every_text_is_escaped() -> None:
 
 def test_page_needs_no_network() -> None:
     html = render_page(make_page())
-    links = re.findall(r"""(?:src|href|url\()\s*=?\s*["'(]?([^"'\s)>]+)""", html)
+    links = re.findall(r'\s(?:src|href)="([^"]*)"', html) + re.findall(r"url\(([^)]*)\)", html)
     assert links
     assert all(link.startswith(("data:", "#")) for link in links), links
     assert "default-src 'none'" in html
