@@ -122,18 +122,21 @@ class ContrastiveTask:
     Args:
         model: Forward pass ``(pixels, ids, lengths)`` -> features as :func:`contrastive_loss` wants them.
         config: Loss, precision and chunk size.
-        group: The processes; with more than one, ``model`` is wrapped in DistributedDataParallel.
+        group: The processes; with more than one, what is called is wrapped in DistributedDataParallel.
+        called: Module around ``model`` that is called in its place (``features.LockedSides``); None: ``model``.
 
     Attributes:
         model: As given, for saving and validating.
         module: What is called in training.
     """
 
-    def __init__(self, model: nn.Module, *, config: TrainConfig, group: Group | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, *, config: TrainConfig, group: Group | None = None, called: nn.Module | None = None
+    ) -> None:
         self.model = model
         self.config = config
         self.group = group or Group()
-        self.module = wrap(model, self.group)
+        self.module = wrap(called or model, self.group)
         self.device = next(model.parameters()).device
 
     def backward(self, batch: Pairs, *, weight: float = 1.0, sync: bool = True) -> float:

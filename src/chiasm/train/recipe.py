@@ -12,12 +12,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from chiasm.config import apply_overrides, build, read_toml, to_mapping
 from chiasm.encoders.base import EncoderConfig, ImageTowerConfig, ProjectionConfig, TextTowerConfig
 from chiasm.errors import ConfigError
 from chiasm.types import Preprocess, digest_of
+
+if TYPE_CHECKING:
+    from chiasm.data.augment import Augment
 
 Selection = Literal[
     "recall_at_1", "recall_at_5", "recall_at_10", "median_rank", "loss", "text_choice_accuracy", "none"
@@ -40,9 +43,10 @@ class DataConfig:
             environment variable; a relative path starts at the recipe's folder.
         phantoms: Make synthetic images instead of reading ``source``.
         patients: How many synthetic patients.
-        phantom_seed: Seed of the phantoms; None: the recipe's seed.
+        phantom_seed: Seed of the phantoms; the seed of the recipe does not change them.
         root: Folder that the image column is relative to; None: the table's own.
-        columns: Role -> column name, where autodetection does not suffice (``image``, ``text``, ``patient`` ...).
+        columns: Role -> column name, where detection does not suffice: fields of
+            :class:`chiasm.datasets.columns.Columns` (``image``, ``text``, ``patient`` ...).
         texts: Templates such as ``"an H&E image of {tissue}"`` with columns of the table, ``{text}`` being the row's
             own text; one is drawn per image and epoch, validation takes them all. Empty: the row's own text.
         words: Column -> value -> ways to say it, for the templates; validation takes the first. A value without words
@@ -55,8 +59,9 @@ class DataConfig:
         validation_splits: Values to validate on; empty: hold out a part of the training groups.
         validation: Fraction of the training groups (patients, else slides, studies) to hold out.
         split_seed: Decides which groups are held out; the seed of the recipe does not.
-        leakage: What to do when groups or near-identical images lie on both sides of a split.
-        near_duplicates: Whether that check compares images, too (it decodes each once).
+        leakage: What to do when groups or near-identical images lie on both sides of a split: ``refuse`` the run,
+            ``drop`` the training rows (and validation rows that lie in an unused split, too), ``warn``, or ``off``.
+        near_duplicates: Whether that check compares images, too (it decodes each; a clean run remembers the outcome).
         on_bad_row: ``skip`` counts and lists bad rows in ``rejected.jsonl``; ``fail`` stops.
         in_memory: Keep decoded images (as bytes, at the model's size) in memory; ``auto``: when they take < 2 GB.
     """
@@ -64,9 +69,9 @@ class DataConfig:
     source: str | None = None
     phantoms: Literal["chest", "tissue"] | None = None
     patients: int = 1000
-    phantom_seed: int | None = None
+    phantom_seed: int = 0
     root: str | None = None
-    columns: Mapping[str, str] = field(default_factory=dict)
+    columns: Mapping[str, Any] = field(default_factory=dict)
     texts: tuple[str, ...] = ()
     words: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
     min_words: int = 1
@@ -76,7 +81,7 @@ class DataConfig:
     validation_splits: tuple[str, ...] = ()
     validation: float = 0.1
     split_seed: int = 0
-    leakage: Literal["refuse", "warn", "off"] = "refuse"
+    leakage: Literal["refuse", "drop", "warn", "off"] = "refuse"
     near_duplicates: bool = True
     on_bad_row: Literal["skip", "fail"] = "skip"
     in_memory: Literal["auto", "always", "never"] = "auto"
@@ -216,7 +221,8 @@ class RunConfig:
         device: ``cpu``, ``cuda``, ``cuda:1`` ...
         workers: Threads that prepare batches ahead; 0: none.
         cache_features: Compute the outputs of locked towers once and train on them.
-        views: Augmented variants per image in that cache; 1 with augmentation off.
+        feature_cache: Folder of that cache, which runs may share; None: in the run's own folder.
+        views: Variants per image in that cache, the first without augmentation; 1 with augmentation off.
     """
 
     out: str | None = None
@@ -230,6 +236,7 @@ class RunConfig:
     device: str = "cpu"
     workers: int = 1
     cache_features: bool = True
+    feature_cache: str | None = None
     views: int = 4
 
     def __post_init__(self) -> None:
@@ -267,12 +274,13 @@ class Recipe:
             ``preprocess`` and ``tokenizer`` then come from it and must not be given.
         data: Pairs and splits.
         augment: ``preset`` (``chest``, ``histology``, ``ct-mr``, ``none``) and fields of
-            :class:`chiasm.data.transforms.Augment` that differ from it.
+            :class:`chiasm.data.augment.Augment` that differ from it.
         image: Image tower.
         text: Text tower.
         projection: Joint space.
         preprocess: Fields of :class:`chiasm.types.Preprocess`; the size is the image tower's.
-        tokenizer: What ``make_tokenizer`` reads; empty: CLIP's.
+        tokenizer: What ``make_tokenizer`` reads; empty: CLIP's. ``compact = true`` keeps only the pieces that the
+            training texts use, for small models trained from scratch.
         logit_scale_init: NATURAL LOG of the multiplier of cosines at the start; None: CLIP's ln(1/0.07), SigLIP's
             ln 10.
         logit_bias_init: Bias at the start; None: -10 for SigLIP, else the model has none.
@@ -400,13 +408,13 @@ def expand_path(path: str, field_name: str) -> str:
     return os.path.expanduser(re.sub(r"\$(?:\{(\w+)\}|(\w+))", value_of, path))
 
 
-def resolve_augment(values: Mapping[str, Any]) -> Any:
-    """Return the :class:`chiasm.data.transforms.Augment` of a recipe's ``[augment]``.
+def resolve_augment(values: Mapping[str, Any]) -> Augment:
+    """Return the ``Augment`` of a recipe's ``[augment]``.
 
     Raises:
         ConfigError: Unknown field, preset or type, with the dotted name.
     """
-    from chiasm.data.transforms import Augment
+    from chiasm.data.augment import Augment
 
     fields = dict(values)
     preset = fields.pop("preset", "none")
