@@ -43,8 +43,9 @@ def run(
     from chiasm.errors import InputError
     from chiasm.io.clip_retrieval import write_clip_retrieval
     from chiasm.io.store import open_store
+    from chiasm.types import Modality
 
-    kinds = {"both": ("image", "text"), "image": ("image",), "text": ("text",)}
+    kinds: dict[str, tuple[Modality, ...]] = {"both": ("image", "text"), "image": ("image",), "text": ("text",)}
     if modality not in kinds:
         raise InputError(f"--modality must be image, text or both, got `{modality}`")
     if layout not in ("lance", "clip-retrieval"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
@@ -28,12 +28,12 @@ def run(
     """Compute the map, write the overlay, say where its maximum lies."""
     from chiasm.cli.inputs import load_encoder
     from chiasm.explain.heatmap import overlay
-    from chiasm.explain.methods import explain
+    from chiasm.explain.methods import MethodName, explain
     from chiasm.io.image import open_image
 
     encoder = load_encoder(model, device=device, family=family, allow_code=allow_code)
     picture = open_image(image)
-    heat = explain(encoder, picture, text, method=method)
+    heat = explain(encoder, picture, text, method=cast(MethodName, method))
     target = out or Path(f"{image.stem}.heat.png")
     overlay(picture, heat).save(target)
     x, y = heat.peak()

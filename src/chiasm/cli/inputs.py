@@ -13,7 +13,7 @@ from chiasm.errors import InputError
 from chiasm.types import LabelValue, Sample
 
 if TYPE_CHECKING:
-    from chiasm.datasets.table import Dataset
+    from chiasm.datasets.dataset import Dataset
     from chiasm.encoders.base import Encoder
     from chiasm.tasks.prompts import PromptSet
 
@@ -66,7 +66,8 @@ def read_rows(
 
 def open_table(path: Path, *, group: str | None = None) -> Dataset:
     """Open a table, taking ``group`` as the patient column when it is named."""
-    from chiasm.datasets.table import Columns, load_table
+    from chiasm.datasets.columns import Columns
+    from chiasm.datasets.table import load_table
 
     return load_table(path, columns=Columns(patient=group) if group else None)
 
@@ -134,4 +135,6 @@ def load_encoder(model: str, *, device: str, family: str | None, allow_code: boo
     """Load the encoder that ``--model`` names."""
     from chiasm.load import load
 
+    if not model:
+        raise InputError("no model was named", hint="--model NAME or --model FOLDER; `chiasm models` lists names")
     return load(model, device=device, family=family, allow_code=allow_code)

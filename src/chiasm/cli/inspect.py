@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from chiasm.cli.output import CodeOption, DeviceOption, FamilyOption, JsonOption, ModelOption, print_json, print_table
+
+if TYPE_CHECKING:
+    from chiasm.encoders.base import Encoder
+    from chiasm.types import Embeddings, Modality
 
 
 def run(
@@ -21,14 +26,12 @@ def run(
 ) -> None:
     """Embed both sides and print each step."""
     from chiasm.cli.inputs import load_encoder
-    from chiasm.embed import embed_images, embed_texts
+    from chiasm.io.image import open_image
     from chiasm.tasks.inspection import inspect
-    from chiasm.types import Sample
 
     encoder = load_encoder(model, device=device, family=family, allow_code=allow_code)
     shown = inspect(
-        embed_images(encoder, [Sample(id=image.name, image=image)], on_bad="fail", normalize=False),
-        embed_texts(encoder, texts, normalize=False),
+        _raw(encoder, [open_image(image)], [image.name], "image"), _raw(encoder, list(texts), list(texts), "text")
     )
     if as_json:
         print_json(shown.to_dict())
@@ -42,3 +45,20 @@ def run(
         [(t, f"{c:+.4f}", f"{x:+.3f}", f"{p:.4f}") for t, c, x, p in shown.rows()],
     )
     print(f"winner: {shown.winner}")
+
+
+def _raw(encoder: Encoder, inputs: Sequence[Any], ids: Sequence[str], modality: Modality) -> Embeddings:
+    """Return vectors as the towers give them, before normalisation: that is one of the steps to show."""
+    import numpy as np
+
+    from chiasm.types import Embeddings
+
+    return Embeddings(
+        np.asarray(encoder.encode(inputs, normalize_embeddings=False, show_progress_bar=False)),
+        tuple(ids),
+        encoder.space,
+        modality,
+        normalized=False,
+        logit_scale=encoder.logit_scale,
+        logit_bias=encoder.logit_bias,
+    )

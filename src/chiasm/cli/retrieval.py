@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,6 +22,10 @@ from chiasm.cli.output import (
     print_table,
 )
 from chiasm.errors import InputError
+
+if TYPE_CHECKING:
+    from chiasm.encoders.base import Encoder
+    from chiasm.types import Embeddings
 
 
 def run(
@@ -49,7 +54,6 @@ def run(
     from chiasm.evaluate.scores import score_retrieval
     from chiasm.io.store import open_store
     from chiasm.tasks.retrieval import search
-    from chiasm.types import Embeddings
 
     if bool(table) == bool(store):
         raise InputError("give --table or --store, one of the two")
@@ -82,7 +86,7 @@ def run(
         print_table(("measure", "value [95 % interval]", "n", "chance"), scores.table())
 
 
-def _embed_queries(encoder, query):  # type: ignore[no-untyped-def]
+def _embed_queries(encoder: Encoder, query: Sequence[str]) -> Embeddings:
     from chiasm.embed import embed_images, embed_texts
     from chiasm.types import Sample
 

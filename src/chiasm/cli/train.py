@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,7 @@ def run(
     overrides: Annotated[list[str] | None, typer.Option("--set", help="optim.lr=1e-4, as often as needed.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run; by default runs/NAME.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on after a stop, bit for bit.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew in a folder that holds a run.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train, then say what was reached on held-out patients and how to go on."""
@@ -23,11 +25,15 @@ def run(
 
     plan = load_recipe(recipe, overrides or [])
     result = train(
-        plan, out=out or Path("runs") / plan.name, resume=resume, progress=make_progress(as_json, unit="steps")
+        plan,
+        out=out or plan.run.out or Path("runs") / plan.name,
+        resume=resume,
+        overwrite=overwrite,
+        progress=make_progress(as_json, unit="steps"),
     )
     if as_json:
-        print_json(result.to_dict())
+        print_json({**asdict(result), "best_dir": str(result.best_dir)})
         return
     print_table(("validation measure", "value"), [(k, f"{v:.4f}") for k, v in result.metrics.items()])
-    print(f"model: {result.model_dir}")
-    print(f'next: chiasm inspect IMAGE "a text" "another text" --model {result.model_dir}')
+    print(f"model: {result.best_dir}")
+    print(f'next: chiasm inspect IMAGE "a text" "another text" --model {result.best_dir}')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,9 +21,11 @@ from chiasm.evaluate.page import (
     Table,
     picture_source,
 )
-from chiasm.types import Interval
+from chiasm.types import Box, Interval
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from chiasm.evaluate.demo import DemoParts
 
 #: Names as a reader says them.
@@ -246,7 +249,7 @@ def _maps(parts: DemoParts) -> Section:
 
     rows = []
     for finding in dict.fromkeys(name for _, name, _ in parts.maps):
-        pictures = []
+        pictures: list[Picture] = []
         for i, name, heat in parts.maps:
             if name != finding or len(pictures) >= 5:
                 continue
@@ -274,7 +277,8 @@ def _maps(parts: DemoParts) -> Section:
     )
 
 
-def _with_boxes(picture, boxes, scale, peak):  # type: ignore[no-untyped-def]
+def _with_boxes(picture: Image, boxes: Sequence[Box], scale: float, peak: tuple[int, int]) -> str:
+    """Return the picture with the true places framed and a cross on the maximum."""
     from PIL import ImageDraw
 
     picture = picture.convert("RGB")

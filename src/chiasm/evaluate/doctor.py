@@ -43,7 +43,7 @@ def check_environment() -> dict[str, Any]:
     """Return versions, processor abilities and optional packages of this installation."""
     import torch
 
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in ("torch", "numpy", "pillow", "transformers", "tokenizers", "safetensors", "lancedb", "scikit-learn"):
         try:
             versions[package] = metadata.version(package)
@@ -103,9 +103,9 @@ def check_model(encoder: Encoder, *, seed: int = 0) -> list[Check]:
     phantoms = make_chest_phantoms(8, seed=seed, size_px=96)
     images = [_to_pil(a) for a in phantoms.images[:12]]
     texts = [s.text or "" for s in phantoms.samples[:12]]
-    first = encoder.encode(images, normalize_embeddings=True, show_progress_bar=False)
-    again = encoder.encode(images[:4], normalize_embeddings=True, show_progress_bar=False)
-    words = encoder.encode(texts, normalize_embeddings=True, show_progress_bar=False)
+    first = np.asarray(encoder.encode(images, normalize_embeddings=True, show_progress_bar=False))
+    again = np.asarray(encoder.encode(images[:4], normalize_embeddings=True, show_progress_bar=False))
+    words = np.asarray(encoder.encode(texts, normalize_embeddings=True, show_progress_bar=False))
     checks = [Check("space", "ok", str(encoder.space))]
     finite = bool(np.isfinite(first).all() and np.isfinite(words).all())
     checks.append(
