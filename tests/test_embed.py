@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,61 +13,34 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from chiasm.data.tokens import Tokens, TruncationWarning
+from chiasm.data.tokens import TruncationWarning
 from chiasm.datasets import load_table
 from chiasm.embed import embed_images, embed_texts, embed_to_store
+from chiasm.encoders.base import Encoder
 from chiasm.errors import InputError, SpaceMismatch
 from chiasm.io.manifest import RejectLog, read_jsonl
 from chiasm.io.store import open_store
-from chiasm.types import Preprocess, Sample, Space
+from chiasm.testing import TinyEncoder
+from chiasm.types import Sample
 
 
-class StandIn:
-    """The smallest encoder with the face that `chiasm.load` returns: fixed random projections of pixels and letters."""
-
-    name = "stand-in"
-    dim = 6
-    logit_scale = 12.5
-    logit_bias = None
-    preprocess_spec = Preprocess(size=8)
+class Watched(Encoder):
+    """The tiny real encoder; it notes the size of every batch and can be interrupted before one."""
 
     def __init__(self, context: int = 12, seed: int = 0) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.pixels = torch.randn(3 * 8 * 8, self.dim, generator=generator)
-        self.letters = torch.randn(256, self.dim, generator=generator)
-        self.space = Space(self.name, f"seed{seed}", self.preprocess_spec.digest, self.dim)
-        self.tokenizer = Letters(context)
+        tiny = TinyEncoder(seed, context_length=context)
+        super().__init__(tiny.model, tiny.config, name="tiny")
         self.seen: list[int] = []
         self.at_batch: Callable[[int], None] = lambda k: None
-
-    def preprocess(self, image: Image.Image) -> Tensor:
-        array = np.asarray(image.convert("RGB").resize((8, 8)), np.float32) / 255
-        return torch.from_numpy(array).permute(2, 0, 1)
 
     def encode_image(self, pixels: Tensor, normalize: bool = False) -> Tensor:
         self.at_batch(len(self.seen))
         self.seen.append(len(pixels))
-        out = pixels.flatten(1) @ self.pixels
-        return torch.nn.functional.normalize(out, dim=1) if normalize else out
+        return super().encode_image(pixels, normalize)
 
-    def encode_text(self, tokens: Tokens, normalize: bool = False) -> Tensor:
+    def encode_text(self, tokens: Any, normalize: bool = False) -> Tensor:
         self.seen.append(len(tokens.ids))
-        used = torch.arange(tokens.ids.shape[1]) < tokens.lengths[:, None]
-        out = (self.letters[tokens.ids] * used[..., None]).sum(1)
-        return torch.nn.functional.normalize(out, dim=1) if normalize else out
-
-
-class Letters:
-    def __init__(self, context_length: int) -> None:
-        self.context_length = context_length
-
-    def encode(self, texts: Sequence[str]) -> Tokens:
-        ids = torch.zeros(len(texts), self.context_length, dtype=torch.long)
-        for row, text in enumerate(texts):
-            codes = [ord(c) % 256 for c in text[: self.context_length]]
-            ids[row, : len(codes)] = torch.tensor(codes)
-        lengths = torch.tensor([min(len(t), self.context_length) for t in texts])
-        return Tokens(ids, lengths, tuple(i for i, t in enumerate(texts) if len(t) > self.context_length))
+        return super().encode_text(tokens, normalize)
 
 
 class Notes:
@@ -86,8 +59,8 @@ class Notes:
         self.calls.append(("finish",))
 
 
-def encoder(**options: int) -> Any:
-    return StandIn(**options)
+def encoder(**options: int) -> Watched:
+    return Watched(**options)
 
 
 @pytest.fixture
@@ -118,7 +91,9 @@ def test_images_come_back_in_order_with_what_is_known_of_them(pictures: list[Sam
     one = e.encode_image(e.preprocess(Image.open(pictures[7].image or ""))[None], normalize=True)
     np.testing.assert_allclose(found.vectors[7], one[0].numpy(), rtol=1e-5)
     assert found.space == e.space
-    assert (found.modality, found.normalized, found.logit_scale, found.logit_bias) == ("image", True, 12.5, None)
+    assert (found.modality, found.normalized, found.logit_scale, found.logit_bias) == (
+        "image", True, e.logit_scale, None,
+    )  # fmt: skip
     assert found.labels == {
         "age": tuple(range(40, 51)), "edema": (None,) * 11, "split": ("train",) * 8 + ("test",) * 3,
     }  # fmt: skip
@@ -200,8 +175,9 @@ def test_bad_rows_are_never_silent(pictures: list[Sample]) -> None:
 
 def test_vectors_that_are_not_finite_are_an_error(pictures: list[Sample], tmp_path: Path) -> None:
     e = encoder()
-    e.pixels[:] = float("nan")
-    with pytest.raises(InputError, match="`stand-in` gave vectors with NaN"):
+    with torch.no_grad():
+        next(e.model.visual.parameters()).fill_(float("nan"))
+    with pytest.raises(InputError, match="`tiny` gave vectors with NaN"):
         embed_images(e, pictures)
     with pytest.raises(InputError, match="NaN"):
         embed_to_store(e, pictures, tmp_path / "s")
@@ -217,7 +193,7 @@ def test_a_store_holds_both_modalities_and_a_second_run_adds_nothing(pictures: l
         np.testing.assert_array_equal(read.vectors, expected.vectors)
         assert (read.ids, read.texts, read.paths) == (expected.ids, expected.texts, expected.paths)
         assert dict(read.labels) == dict(expected.labels)
-    assert store.metadata.preprocess == StandIn.preprocess_spec.to_dict()
+    assert store.metadata.preprocess == encoder().preprocess_spec.to_dict()
     e = encoder()
     again = embed_to_store(e, pictures, tmp_path / "s", batch_size=4)
     assert (again.added, again.present, e.seen) == ({"image": 0, "text": 0}, {"image": 11, "text": 11}, [])

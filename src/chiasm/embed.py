@@ -213,8 +213,6 @@ def embed_to_store(
                     stream = _TextStream(encoder, samples, batch_size, on_bad, log)
                 added[modality] = _write(encoder, samples, stream.run(rows), store, modality, len(rows), progress)
                 truncated += stream.truncated
-                if isinstance(stream, _TextStream):
-                    _tell_truncated(stream)
         except KeyboardInterrupt:
             n = store.count()
             raise KeyboardInterrupt(

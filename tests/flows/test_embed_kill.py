@@ -20,52 +20,33 @@ from chiasm.types import Modality
 ROWS = 240
 MODALITIES: tuple[Modality, ...] = ("image", "text")
 
-#: A real torch model with the encoder's face; slow enough that a kill falls into the work.
+#: The tiny real encoder, slow enough that a kill falls into the work.
 RUN = """
 import sys, time
-import numpy as np, torch
+import torch
 torch.set_num_threads(1)
 from chiasm import embed
-from chiasm.data.tokens import Tokens
 from chiasm.datasets import load_table
-from chiasm.types import Preprocess, Space
+from chiasm.encoders.base import Encoder
+from chiasm.testing import TinyEncoder
 
-class Letters:
-    context_length = 16
-    def encode(self, texts):
-        ids = torch.zeros(len(texts), 16, dtype=torch.long)
-        for row, text in enumerate(texts):
-            ids[row, : len(text)] = torch.tensor([ord(c) % 256 for c in text])
-        return Tokens(ids, torch.tensor([len(t) for t in texts]), ())
-
-class Slow:
-    name, dim, logit_scale, logit_bias = "slow", 16, 10.0, None
-    preprocess_spec = Preprocess(size=32)
-    space = Space("slow", "seed0", Preprocess(size=32).digest, 16)
-    tokenizer = Letters()
-    def __init__(self):
-        torch.manual_seed(0)
-        self.conv = torch.nn.Conv2d(1, 8, 5).eval()
-        self.head = torch.nn.Linear(8 * 28 * 28, 16).eval()
-        self.words = torch.nn.Embedding(256, 16)
-    def preprocess(self, image):
-        return torch.from_numpy(np.asarray(image, np.float32) / 255)[None]
-    @torch.inference_mode()
+class Slow(Encoder):
     def encode_image(self, pixels, normalize=False):
         time.sleep(0.002 * len(pixels))
-        return torch.nn.functional.normalize(self.head(self.conv(pixels).relu().flatten(1)), dim=1)
-    @torch.inference_mode()
+        return super().encode_image(pixels, normalize)
     def encode_text(self, tokens, normalize=False):
         time.sleep(0.03)
-        return torch.nn.functional.normalize(self.words(tokens.ids).mean(1), dim=1)
+        return super().encode_text(tokens, normalize)
 
+tiny = TinyEncoder()
+slow = Slow(tiny.model, tiny.config, name="slow")
 embed.CHUNK_ROWS, embed.SORTED_BATCHES = 24, 3
 class Tell:
     def start(self, total, description): print(description, total, flush=True)
     def advance(self, n=1, **fields): print("at", n, flush=True)
     def finish(self): pass
 for path in sys.argv[2:]:
-    done = embed.embed_to_store(Slow(), load_table(sys.argv[1]), path, batch_size=8, progress=Tell())
+    done = embed.embed_to_store(slow, load_table(sys.argv[1]), path, batch_size=8, progress=Tell())
     print(done.sentence(), flush=True)
 """
 
@@ -140,12 +121,11 @@ def test_ctrl_c_in_a_real_process_keeps_what_is_done(table: Path, tmp_path: Path
     assert "interrupted: " in errors
     stored = open_store(tmp_path / "store").count()
     assert f"interrupted: {stored} of {2 * ROWS} rows are stored" in errors
-    assert stored >= 8
-    assert len(list((tmp_path / "store" / "embeddings.lance" / "_versions").glob("*.manifest"))) <= 2
+    assert "Traceback" not in errors.partition("KeyboardInterrupt: ")[2]
 
 
 def test_a_full_disk_keeps_what_is_done_and_the_next_run_ends_the_job(table: Path, tmp_path: Path) -> None:
-    """A real failure of the file system: files may not grow beyond 9 kB, so small chunks fit and large ones do not."""
+    """A real failure of the file system: files may not grow beyond 20 kB, so small chunks fit and large ones do not."""
     script = tmp_path / "run.py"
     head, _, _ = RUN.partition("for path in")
     script.write_text(
@@ -156,16 +136,16 @@ from chiasm.errors import InputError
 def run(limit, rows):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, -1))
     embed.CHUNK_ROWS = rows
-    return embed.embed_to_store(Slow(), data, sys.argv[2], batch_size=8, modalities=("image",)).added["image"]
+    return embed.embed_to_store(slow, data, sys.argv[2], batch_size=8, modalities=("image",)).added["image"]
 data = load_table(sys.argv[1])
 whole, data = data, data.select(range(48))
-print(run(9_000, 24))
+print(run(20_000, 24))
 data = whole
 try:
-    run(9_000, 160)
+    run(20_000, 160)
 except InputError as error:
     print(error.message)
-print(embed.create_store(sys.argv[2], embed.StoreMetadata(Slow.space)).count())
+print(embed.create_store(sys.argv[2], embed.StoreMetadata(slow.space)).count())
 print(run(-1, 160))
 """
     )

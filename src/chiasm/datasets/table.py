@@ -12,13 +12,14 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
+from chiasm.datasets.boxes import BOXES_NAME, read_boxes
 from chiasm.datasets.columns import Columns, is_missing, is_unique, label_column, resolve_columns
 from chiasm.datasets.dataset import Dataset, parse_template
 from chiasm.datasets.images import image_exists, keep_decodable
 from chiasm.datasets.parsing import RawTable, parse_table
 from chiasm.errors import InputError
 from chiasm.io.manifest import Rejected, summarize_rejected
-from chiasm.types import LabelValue, Sample
+from chiasm.types import Box, LabelValue, Sample
 
 Part = Literal["image", "text"]
 
@@ -48,7 +49,7 @@ def load_table(
         check_images: Also decode every image, in threads.
 
     Returns:
-        Samples in the order of the table. ``Dataset.columns`` tells what was detected. Ids are, in this order, the id
+        Samples in the order of the table, with the boxes of a ``boxes.json`` beside it. ``Dataset.columns`` tells what was detected. Ids are, in this order, the id
         column, the image path (``#2`` is added to a repeated one), a slide, study or patient that is unique, the row.
 
     Raises:
@@ -69,6 +70,8 @@ def load_table(
                 f"table `{path.name}` has no {part} column", hint=f"name it with Columns({part}=...) or require less"
             )
     rows = _Rows(table, found, Path(root) if root is not None else path.parent, frozenset(needed))
+    if (path.parent / BOXES_NAME).is_file() and found.image:
+        rows.boxes = read_boxes(path.parent / BOXES_NAME)
     samples: list[tuple[int, Sample]] = []
     rejected = [Rejected(number, "", reason) for number, reason in table.bad]
     for place, (number, _) in enumerate(table.rows):
@@ -126,6 +129,7 @@ class _Rows:
             )
         self.fill = parse_template(columns.template, (*table.header, "caption", "text")) if columns.template else None
         self.ids = self._ids(table)
+        self.boxes: Mapping[str, tuple[Box, ...]] = {}
 
     def cell(self, place: int, column: str | None) -> str | None:
         """Return one cell as stripped text, or None when it is missing."""
@@ -191,6 +195,7 @@ class _Rows:
             slide=self.cell(place, c.slide),
             labels={name: column[place] for name, column in self.labels.items()},
             split=self.cell(place, c.split),
+            boxes=self.boxes.get(self.cell(place, c.image) or "", ()),
         )
 
     def _image(self, place: int) -> Path | None:

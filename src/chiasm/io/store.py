@@ -8,11 +8,13 @@ meaning appear in one step. One process may write at a time; the lock ends with 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -161,7 +163,7 @@ class EmbeddingStore:
         chunk = embeddings.select(fresh)
         try:
             with disk_errors("the store"):
-                self._table.add(_to_arrow(chunk, self._next_row))
+                self._commit(lambda: self._table.add(_to_arrow(chunk, self._next_row)), self.count() + len(chunk))
         except BaseException:
             # Ctrl-C leaves open whether the commit went through: look again before the next append, tidy up later.
             self._known, self._appends = None, 0
@@ -251,7 +253,7 @@ class EmbeddingStore:
         except (OSError, RuntimeError) as error:
             raise FileFormatError(
                 f"the store in `{self.path.name}` cannot be read: it is damaged, or was written to meanwhile",
-                hint="open it again",
+                hint="open it again; if it stays so, `chiasm embed` goes back to the last whole version",
             ) from error
 
     def _writable(self) -> dict[Modality, set[str]]:
@@ -261,6 +263,7 @@ class EmbeddingStore:
             self._table.checkout_latest()
             known: dict[Modality, set[str]] = {"image": set(), "text": set()}
             last = -1
+            self._go_back_to_whole()
             for modality, ids in known.items():
                 for batch in self._scan(["row", "id"], _is_modality(modality)):
                     ids.update(batch["id"].to_pylist())
@@ -268,11 +271,47 @@ class EmbeddingStore:
             self._known, self._next_row = known, last + 1
         return self._known
 
+    def _commit(self, change: Callable[[], object], expected: int) -> None:
+        """Run a change and undo it unless every file of the new version can be opened.
+
+        Lance 13 does not notice when the last write to a data file fails, and commits a file without its end.
+        """
+        data = self.path / f"{_TABLE}.lance" / "data"
+        version, before = self._table.version, set(data.glob("*"))
+        change()
+        if self._count_whole() != expected:
+            for file in set(data.glob("*")) - before:
+                file.unlink()
+            self._table.checkout(version)
+            self._table.restore()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _count_whole(self) -> int | None:
+        """Return the number of rows after opening every file, or None when one is damaged."""
+        try:
+            return int(self._table.count_rows("row >= 0"))
+        except (OSError, RuntimeError):
+            return None
+
+    def _go_back_to_whole(self) -> None:
+        """Make the last version whose files are whole the newest, should a writer have died before it could."""
+        if self._count_whole() is not None:
+            return
+        for version in sorted((int(v["version"]) for v in self._table.list_versions()), reverse=True)[1:]:
+            self._table.checkout(version)
+            if self._count_whole() is not None:
+                with disk_errors("the store"):
+                    self._table.restore()
+                return
+        raise FileFormatError(f"the store in `{self.path.name}` is damaged, and no earlier version of it is whole")
+
     def _compact(self) -> None:
         with disk_errors("the store"), warnings.catch_warnings():
             # Lance warns that readers of old versions will fail: they are told to read again.
             warnings.simplefilter("ignore", UserWarning)
-            # Unverified files are what a killed writer left; the lock says that nobody is writing them now.
+            self._commit(self._table.optimize, self.count())
+            # Only now may the old files go. Unverified files are what a killed writer left; the lock says that nobody
+            # is writing them.
             self._table.optimize(cleanup_older_than=timedelta(0), delete_unverified=True)
 
 
