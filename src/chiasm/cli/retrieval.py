@@ -51,7 +51,7 @@ def run(
     """Search when there is a query; otherwise score both directions on the pairs."""
     from chiasm.cli.inputs import load_encoder, read_rows
     from chiasm.embed import embed_images, embed_texts
-    from chiasm.evaluate.scores import score_retrieval
+    from chiasm.evaluate.search_scores import score_retrieval
     from chiasm.io.store import open_store
     from chiasm.tasks.retrieval import search
 

@@ -22,7 +22,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from chiasm import __version__
-from chiasm.evaluate.scores import PointingScores, RetrievalScores, ZeroShotScores
+from chiasm.evaluate.map_scores import PointingScores
+from chiasm.evaluate.scores import ZeroShotScores
+from chiasm.evaluate.search_scores import RetrievalScores
 from chiasm.io.manifest import write_json_atomic
 from chiasm.progress import Progress, SilentProgress
 from chiasm.tasks.zero_shot import ZeroShotResult
@@ -155,7 +157,9 @@ def _evaluate(
     """Do on held-out patients what a user would do, with the functions that a user would call."""
     from chiasm.datasets.table import load_table
     from chiasm.embed import embed_images, embed_texts
-    from chiasm.evaluate.scores import score_pointing, score_retrieval, score_zero_shot
+    from chiasm.evaluate.map_scores import score_pointing
+    from chiasm.evaluate.scores import score_zero_shot
+    from chiasm.evaluate.search_scores import score_retrieval
     from chiasm.load import load
     from chiasm.tasks.prompt_files import parse_prompts
     from chiasm.tasks.zero_shot import build_classifier, classify

@@ -51,6 +51,8 @@ class DataConfig:
             own text; one is drawn per image and epoch, validation takes them all. Empty: the row's own text.
         words: Column -> value -> ways to say it, for the templates; validation takes the first. A value without words
             stands for itself.
+        sentence_views: Shorter versions of each report that training may draw instead of the whole one: some of its
+            sentences, in random order. Prompts are single sentences; validation takes whole reports.
         min_words: Reject rows whose text has fewer.
         drop_texts: Reject rows whose text matches one of these regular expressions (placeholders, say).
         same_group: Groups of patient ids that are one person.
@@ -74,6 +76,7 @@ class DataConfig:
     columns: Mapping[str, Any] = field(default_factory=dict)
     texts: tuple[str, ...] = ()
     words: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
+    sentence_views: int = 0
     min_words: int = 1
     drop_texts: tuple[str, ...] = ()
     same_group: tuple[tuple[str, ...], ...] = ()
@@ -94,6 +97,7 @@ class DataConfig:
             hint='write `source = "table.csv"`, or `phantoms = "chest"` for synthetic data',
         )
         _check(0 <= self.validation < 1, "data.validation", f"must be in [0, 1), got {self.validation}")
+        _check(self.sentence_views >= 0, "data.sentence_views", f"must not be negative, got {self.sentence_views}")
         _check(self.patients >= 2, "data.patients", f"must be at least 2, got {self.patients}")
         _check(bool(self.train_splits), "data.train_splits", "must name a split")
         both = set(self.train_splits) & set(self.validation_splits)
@@ -118,14 +122,29 @@ class LossConfig:
         positives: What else in the batch is a right answer for ``multi_positive`` and ``siglip``: pairs of the same
             ``caption``, of the same ``group`` (study or patient), or ``none``. Validation counts equal captions as
             right answers also under ``none``.
+        text_similarity: Share of the targets of ``multi_positive`` that goes to all texts of the batch by how much they
+            resemble the right one in the eyes of the locked text tower; needs that tower's cached features.
+        text_similarity_scale: Multiplier of those cosines before their softmax; larger keeps to nearer texts.
         tile: Rows of logits at a time: ``auto``, a count, or ``full`` for one matrix.
     """
 
     kind: Literal["infonce", "siglip", "multi_positive"] = "infonce"
     positives: Literal["caption", "group", "none"] = "caption"
+    text_similarity: float = 0.0
+    text_similarity_scale: float = 20.0
     tile: Literal["auto", "full"] | int = "auto"
 
     def __post_init__(self) -> None:
+        share = self.text_similarity
+        _check(0 <= share < 1, "loss.text_similarity", f"must be in [0, 1), got {share}")
+        _check(
+            share == 0 or self.kind == "multi_positive", "loss.text_similarity", "needs `loss.kind = multi_positive`"
+        )
+        _check(
+            self.text_similarity_scale > 0,
+            "loss.text_similarity_scale",
+            f"must be positive, got {self.text_similarity_scale}",
+        )
         _check(isinstance(self.tile, str) or self.tile >= 1, "loss.tile", f"must be at least 1, got {self.tile}")
 
 

@@ -7,6 +7,7 @@ other texts mean the same; then token ids, made once per distinct text.
 from __future__ import annotations
 
 import itertools
+import re
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -110,6 +111,28 @@ def _label_text(value: object) -> str:
 
 def _same_words(text: str) -> str:
     return " ".join(text.split()).casefold()
+
+
+def sentence_views(text: str, count: int, *, seed: int) -> tuple[str, ...]:
+    """Return up to ``count`` shorter versions of a report: some of its sentences, in random order.
+
+    A prompt is one sentence, a report is several. A text tower that has only seen whole reports meets prompts as
+    strangers; with parts of reports in training it does not (CheXzero and BioViL sample or shuffle sentences likewise).
+
+    Args:
+        text: A report; sentences end in ``.``, ``!`` or ``?`` before a space.
+        count: How many versions; fewer when the draws coincide.
+        seed: Together with the text it decides the draws, so the same report gives the same versions in every run.
+    """
+    sentences = [s for s in re.split(r"(?<=[.!?])\s+", text.strip()) if s]
+    if len(sentences) < 2:
+        return ()
+    rng = np.random.default_rng([seed, int(digest_of(text, 8), 16)])
+    found: dict[str, None] = {}
+    for _ in range(count):
+        kept = rng.permutation(len(sentences))[: rng.integers(1, len(sentences) + 1)]
+        found.setdefault(" ".join(sentences[i] for i in kept))
+    return tuple(found)
 
 
 class TokenTable:
