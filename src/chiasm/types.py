@@ -43,6 +43,7 @@ class Preprocess:
         mean: Per channel, of pixels scaled to [0, 1].
         std: Per channel, of pixels scaled to [0, 1].
         fill: Grey value (0..255) of padding.
+        cut_bottom: Share of the height that is cut off below before anything else: a burned-in mark or address.
     """
 
     size: int = 224
@@ -53,10 +54,15 @@ class Preprocess:
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     fill: int = 0
+    cut_bottom: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    def kept_height(self, height_px: int) -> int:
+        """Return how many of an image's rows remain after ``cut_bottom``, at least 1."""
+        return max(1, height_px - int(height_px * self.cut_bottom))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -65,7 +71,8 @@ class Preprocess:
         for key in values:
             if key not in known:
                 raise InputError(f"unknown preprocess field `{key}`", hint=f"known fields: {', '.join(sorted(known))}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**plain)
 
     @property
     def digest(self) -> str:

@@ -178,11 +178,31 @@ def test_a_thin_strip_does_not_eat_the_memory() -> None:
         ({"std": (0.2, 0.0, 0.2)}, "preprocess.std"),
         ({"mean": (0.5,)}, "preprocess.mean"),
         ({"fill": 300}, "preprocess.fill"),
+        ({"cut_bottom": 1.0}, "preprocess.cut_bottom"),
+        ({"cut_bottom": -0.1}, "preprocess.cut_bottom"),
     ],
 )
 def test_contradictory_declarations_are_named(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         image_transform(Preprocess(**values))
+
+
+@pytest.mark.parametrize("resize", ["shortest", "squash", "longest_pad"])
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_cut_off_below_cannot_be_seen(resize: Any, mode: str) -> None:
+    crop: Any = "center" if resize == "shortest" else "none"
+    plain = Preprocess(size=32, resize=resize, crop=crop)
+    cutting = Preprocess(size=32, resize=resize, crop=crop, cut_bottom=0.1)
+    image = picture(mode, (90, 100))
+    marked = image.copy()
+    marked.paste(0, (0, 90, 90, 100)) if mode in ("L", "P", "1") else marked.paste((9,) * len(mode), (0, 90, 90, 100))
+    result = image_transform(cutting)(image)
+    assert torch.equal(result, image_transform(cutting)(marked))
+    assert torch.equal(result, image_transform(plain)(image.crop((0, 0, 90, 90))))
+    assert not torch.equal(result, image_transform(plain)(image))
+    assert image.size == (90, 100), "the caller's image stays whole"
+    assert Preprocess(cut_bottom=0.999).kept_height(3) == 1
+    assert cutting.digest != plain.digest
 
 
 def test_threads_share_one_transform() -> None:

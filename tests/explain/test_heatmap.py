@@ -61,7 +61,8 @@ def test_the_view_is_the_whole_image_or_its_middle(width: int, height: int, resi
 
 @pytest.mark.parametrize("resize", ["shortest", "squash", "longest_pad"])
 @pytest.mark.parametrize("shape", [(300, 200), (150, 400), (96, 96), (333, 97)])
-def test_a_bright_spot_comes_back_to_its_place(resize: str, shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("cut_bottom", [0.0, 0.2])
+def test_a_bright_spot_comes_back_to_its_place(resize: str, shape: tuple[int, int], cut_bottom: float) -> None:
     """Prepare an image as an encoder does, take its brightness as the map, and find the spot on the original again."""
     from chiasm.data.transforms import resize_and_crop
 
@@ -69,7 +70,8 @@ def test_a_bright_spot_comes_back_to_its_place(resize: str, shape: tuple[int, in
     x, y = width // 2 + min(shape) // 5, height // 2 - min(shape) // 5
     pixels = np.zeros((height, width), dtype=np.uint8)
     pixels[y - 6 : y + 6, x - 6 : x + 6] = 255
-    preprocess = Preprocess(size=64, resize=resize, crop="center" if resize == "shortest" else "none")  # type: ignore[arg-type]
+    crop = "center" if resize == "shortest" else "none"
+    preprocess = Preprocess(size=64, resize=resize, crop=crop, cut_bottom=cut_bottom)  # type: ignore[arg-type]
     prepared = np.asarray(resize_and_crop(Image.fromarray(pixels), preprocess).convert("L"), dtype=np.float32)
     found = heat(prepared, shape, model_view(preprocess, shape)).smoothed(1.0)
     peak_x, peak_y = found.peak()

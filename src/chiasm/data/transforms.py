@@ -83,7 +83,7 @@ def resize_and_crop(image: Image.Image, preprocess: Preprocess) -> Image.Image:
 
 
 def fit_image(image: Image.Image, preprocess: Preprocess) -> Image.Image:
-    """Resize, crop or pad an image and convert it to ``RGB``; greyscale stays ``L``, which holds the same pixels.
+    """Cut, resize, crop or pad an image and convert it to ``RGB``; greyscale stays ``L``, which holds the same pixels.
 
     Raises:
         InputError: Not a Pillow image, one of more than 8 bits, or too long a strip.
@@ -98,6 +98,8 @@ def fit_image(image: Image.Image, preprocess: Preprocess) -> Image.Image:
             hint="open it with `chiasm.io.image.open_image`, which windows it to 8 bits",
         )
     p = preprocess
+    if p.cut_bottom:
+        image = image.crop((0, 0, image.width, p.kept_height(image.height)))
     if p.rgb == "before_resize":
         image = _rgb_on_white(image)
     resample = Image.Resampling[p.interpolation.upper()]
@@ -140,6 +142,8 @@ def _check(p: Preprocess) -> None:
         raise ConfigError("`preprocess.mean` and `preprocess.std` need three numbers each, and every std above 0")
     if not 0 <= p.fill <= 255:
         raise ConfigError(f"`preprocess.fill` must be 0 to 255, got {p.fill}")
+    if not 0 <= p.cut_bottom < 1:
+        raise ConfigError(f"`preprocess.cut_bottom` must be in [0, 1), got {p.cut_bottom}")
 
 
 def _rgb_on_white(image: Image.Image) -> Image.Image:

@@ -159,9 +159,10 @@ def model_view(preprocess: Preprocess, image_size: tuple[int, int]) -> View:
         image_size: Width and height of the original.
 
     The rounding is the peers': the longer side is truncated, the crop is centred with half-to-even rounding. With
-    ``longest_pad`` the view is larger than the image.
+    ``longest_pad`` the view is larger than the image; what ``cut_bottom`` takes away lies outside the view or, with
+    ``longest_pad``, in its padding.
     """
-    width, height = image_size
+    width, height = image_size[0], preprocess.kept_height(image_size[1])
     size = preprocess.size
     if preprocess.resize == "squash":
         return 0.0, 0.0, float(width), float(height)
