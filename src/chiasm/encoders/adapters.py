@@ -24,12 +24,32 @@ from chiasm.errors import ConfigError
 FUSED = "in_proj_weight"
 
 
+class Standardize(nn.Module):
+    """Bring every number of (..., width) to mean 0 and deviation 1 over the batch, in eval mode over all of training.
+
+    Towers give numbers of very different spread, and weight decay and dropout treat all alike. The statistics are the
+    plain mean over all batches seen, which suits locked towers. No weights.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(width, affine=False, momentum=None)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return a tensor of the same shape."""
+        standard: Tensor = self.norm(features.reshape(-1, features.shape[-1]))
+        return standard.view_as(features)
+
+
 def make_projection(
     kind: Literal["linear", "mlp", "none"],
     in_dim: int,
     out_dim: int,
     hidden: int | None = None,
     dropout: float = 0.0,
+    *,
+    input_dropout: float = 0.0,
+    standardize: bool = False,
 ) -> nn.Module:
     """Return the bridge from a tower's output into the joint space.
 
@@ -40,6 +60,8 @@ def make_projection(
         out_dim: Dimensions of the joint space.
         hidden: Width between the two layers of ``mlp``; None: the mean of the two widths, as in open_clip.
         dropout: Before the last layer of ``mlp``.
+        input_dropout: Before the first layer of ``mlp``.
+        standardize: Put :class:`Standardize` in front.
 
     Raises:
         ConfigError: ``none`` between different widths.
@@ -48,10 +70,18 @@ def make_projection(
         if in_dim != out_dim:
             raise ConfigError(f"`projection` is `none`, but the tower has {in_dim} and the joint space {out_dim}")
         return nn.Identity()
-    if kind == "linear":
-        return nn.Linear(in_dim, out_dim, bias=False)
-    width = hidden if hidden is not None else (in_dim + out_dim) // 2
     steps: OrderedDict[str, nn.Module] = OrderedDict()
+    if standardize:
+        steps["standardize"] = Standardize(in_dim)
+    if kind == "linear":
+        linear = nn.Linear(in_dim, out_dim, bias=False)
+        if not standardize:
+            return linear
+        steps["0"] = linear
+        return nn.Sequential(steps)
+    width = hidden if hidden is not None else (in_dim + out_dim) // 2
+    if input_dropout:
+        steps["input_dropout"] = nn.Dropout(input_dropout)
     steps["0"] = nn.Linear(in_dim, width, bias=False)
     steps["1"] = nn.GELU()
     if dropout:

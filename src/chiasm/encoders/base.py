@@ -282,7 +282,10 @@ class ProjectionConfig:
         image: ``linear`` without bias (CLIP's), ``mlp`` with one hidden layer, or ``none`` (widths must agree).
         text: The same for the text side.
         hidden: Width of the hidden layer of ``mlp``; None: the mean of its input and output widths.
-        dropout: Inside ``mlp``.
+        dropout: Inside ``mlp``, before its last layer.
+        input_dropout: Before the first layer of ``mlp``.
+        standardize: Towers whose output is first brought to mean 0 and deviation 1, number by number, with statistics
+            gathered in training; for locked towers, whose statistics stand still.
     """
 
     dim: int = 512
@@ -290,11 +293,18 @@ class ProjectionConfig:
     text: Literal["linear", "mlp", "none"] = "linear"
     hidden: int | None = None
     dropout: float = 0.0
+    input_dropout: float = 0.0
+    standardize: tuple[Literal["image", "text"], ...] = ()
 
     def __post_init__(self) -> None:
         _check(self.dim >= 1, "projection.dim", f"must be at least 1, got {self.dim}")
         _check(self.hidden is None or self.hidden >= 1, "projection.hidden", f"must be at least 1, got {self.hidden}")
-        _check(0 <= self.dropout < 1, "projection.dropout", f"must be in [0, 1), got {self.dropout}")
+        for name in ("dropout", "input_dropout"):
+            _check(0 <= getattr(self, name) < 1, f"projection.{name}", f"must be in [0, 1), got {getattr(self, name)}")
+        for side in self.standardize:
+            _check(
+                getattr(self, side) != "none", "projection.standardize", f"names `{side}`, whose projection is `none`"
+            )
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def _image_tower(
     device: str,
     allow_code: bool,
 ) -> nn.Module:
-    fused = config.is_native and projection.image != "mlp"
+    fused = config.is_native and projection.image != "mlp" and "image" not in projection.standardize
     inner_dim = projection.dim if fused and projection.image == "linear" else None
     trunk: nn.Module
     if config.kind in ("vit", "resnet"):
@@ -91,7 +91,7 @@ def _text_tower(
     device: str,
     allow_code: bool,
 ) -> nn.Module:
-    fused = config.is_native and projection.text != "mlp"
+    fused = config.is_native and projection.text != "mlp" and "text" not in projection.standardize
     inner_dim = projection.dim if fused and projection.text == "linear" else None
     trunk: nn.Module
     if config.kind == "clip":
@@ -147,7 +147,11 @@ def _adapt(trunk: nn.Module, freeze: bool, lora: LoraConfig | None) -> None:
 
 
 def _projection(
-    kind: Literal["linear", "mlp", "none"], trunk: nn.Module, config: ProjectionConfig, side: str, device: str
+    kind: Literal["linear", "mlp", "none"],
+    trunk: nn.Module,
+    config: ProjectionConfig,
+    side: Literal["image", "text"],
+    device: str,
 ) -> nn.Module:
     from chiasm.encoders.adapters import make_projection
 
@@ -155,7 +159,15 @@ def _projection(
     if kind == "none":
         _check_width(trunk, config.dim, f"projection.{side}")
     with torch.device(device):
-        head: nn.Module = make_projection(kind, width, config.dim, config.hidden, config.dropout)
+        head: nn.Module = make_projection(
+            kind,
+            width,
+            config.dim,
+            config.hidden,
+            config.dropout,
+            input_dropout=config.input_dropout,
+            standardize=side in config.standardize,
+        )
     return head
 
 

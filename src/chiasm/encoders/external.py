@@ -22,14 +22,17 @@ from torch import Tensor, nn
 from chiasm.errors import ChiasmError, ConfigError
 
 #: Factories that chiasm itself ships; they need no permission.
-OWN_FACTORIES = frozenset({"chiasm.encoders.pretrained_demo:efficientnet_lite0"})
+OWN_FACTORIES = frozenset(
+    f"chiasm.encoders.pretrained_demo:{name}" for name in ("efficientnet_lite0", "efficientnet_lite0_levels")
+)
 
 
 class ExternalImageTower(nn.Module):
     """A user's module behind the interface of an image tower.
 
     Args:
-        module: pixels (batch, 3, size, size) -> (batch, width), or a feature map or tokens, whose mean is taken.
+        module: pixels (batch, 3, size, size) -> (batch, width), or a feature map or tokens, whose mean is taken. It may
+            have a method ``patch_tokens``: pixels -> (batch, rows, columns, width).
         features: Method of ``module`` to call instead of the module.
         image_size: Side of the input of the dry run, in pixels.
 
@@ -62,7 +65,7 @@ class ExternalImageTower(nn.Module):
     @property
     def patch_tokens(self) -> Any:
         """The function pixels -> (batch, rows, columns, output_dim), or None when the module gives only one vector."""
-        return self._patch_tokens if self._has_patches else None
+        return self._patch_tokens if self._has_patches else getattr(self.module, "patch_tokens", None)
 
     def _patch_tokens(self, pixels: Tensor) -> Tensor:
         output = self._call(pixels)
