@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from chiasm.errors import ConfigError
 from chiasm.losses.contrastive import (
     Gathered,
     Tile,
@@ -26,6 +27,7 @@ from chiasm.losses.contrastive import (
     info_nce,
     multi_positive_info_nce,
     positive_keys,
+    positives_from_keys,
     siglip,
 )
 from chiasm.train.distributed import Group, gather_constants, gather_rows, no_sync, wrap
@@ -83,7 +85,7 @@ def contrastive_loss(
 
     Args:
         features: ``image_features`` and ``text_features`` (n, dim), ``logit_scale`` (multiplier), for SigLIP
-            ``logit_bias``.
+            ``logit_bias``, for ``text_similarity`` also ``text_guide``.
         keys: Of the n pairs; ``infonce`` does not look at them.
         config: Which loss.
         group: None: this process alone.
@@ -106,9 +108,47 @@ def contrastive_loss(
     if config.kind == "siglip":
         bias = features["logit_bias"].float()
         return siglip(image, text, scale, bias, keys=by_key, gathered=everywhere, tile=tile)
+    if config.text_similarity:
+        _check_guide(features, group)
+        targets = softened_targets(features["text_guide"], by_key, config=config)
+        return multi_positive_info_nce(image, text, scale, targets, tile=tile)
     if by_key is not None:
         return multi_positive_info_nce(image, text, scale, by_key, gathered=everywhere, tile=tile)
     return info_nce(image, text, scale, gathered=everywhere, tile=tile)
+
+
+def softened_targets(guide: Tensor, keys: Tensor | None, *, config: LossConfig) -> Tensor:
+    """Return how right each text is for each image (n, n): the right ones, softened by what resembles them.
+
+    Two images of one disease have different captions, and calling one's caption wrong for the other teaches little.
+
+    Args:
+        guide: (n, width) unit features of the texts by a tower that does not train.
+        keys: (n,) integers, equal for right answers; None: the diagonal alone.
+        config: ``text_similarity`` is the share of the softmax over resemblance, ``text_similarity_scale`` its scale.
+
+    Returns:
+        Rows that sum to 1.
+
+    References:
+        The idea of softened targets: Gao et al., 2023, SoftCLIP, https://arxiv.org/abs/2303.17561. Deviation: the guide
+        is the locked text tower alone.
+    """
+    guide = guide.detach().float()
+    right = torch.eye(len(guide), device=guide.device) if keys is None else positives_from_keys(keys)
+    right = right / right.sum(1, keepdim=True)
+    alike = torch.softmax(config.text_similarity_scale * guide @ guide.T, dim=1)
+    return torch.lerp(right, alike, config.text_similarity)
+
+
+def _check_guide(features: dict[str, Tensor], group: Group) -> None:
+    if "text_guide" not in features:
+        raise ConfigError(
+            "`loss.text_similarity` needs a locked text tower and its cached features",
+            hint="set `text.freeze = true` without `text.lora`, and `run.cache_features = true`",
+        )
+    if group.world > 1:
+        raise ConfigError("`loss.text_similarity` works in one process only", hint="start one process")
 
 
 def _unit(rows: Tensor) -> Tensor:

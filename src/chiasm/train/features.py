@@ -50,7 +50,7 @@ class LockedSides(nn.Module):
         self.text = text
 
     def forward(self, images: Tensor, ids: Tensor, lengths: Tensor | None = None) -> dict[str, Tensor]:
-        """Return what :meth:`DualEncoder.forward` returns."""
+        """Return what :meth:`DualEncoder.forward` returns, and ``text_guide``: unit features of a locked text tower."""
         dual = self.dual
         image = project_image(dual, images) if self.image else dual.encode_image(images)
         text = project_text(dual, ids) if self.text else dual.encode_text(ids, lengths)
@@ -61,6 +61,8 @@ class LockedSides(nn.Module):
         }
         if dual.logit_bias is not None:
             out["logit_bias"] = dual.logit_bias
+        if self.text:
+            out["text_guide"] = F.normalize(ids, dim=-1)
         return out
 
 
