@@ -184,7 +184,8 @@ def count_relevant(relevant: ArrayLike | tuple[Keys, Keys]) -> NDArray[np.int64]
         relevant: (queries, items) booleans, or the keys of queries and of items.
     """
     if not isinstance(relevant, tuple):
-        return np.count_nonzero(np.asarray(relevant, dtype=bool), axis=1).astype(np.int64)
+        flags: NDArray[np.bool_] = np.asarray(relevant, dtype=bool)
+        return np.array([np.count_nonzero(row) for row in flags], dtype=np.int64)
     query_keys, item_keys = _numbered(relevant, (len(relevant[0]), len(relevant[1])))
     known = item_keys[item_keys >= 0]
     sizes = np.bincount(known, minlength=max(int(query_keys.max(initial=-1)), int(known.max(initial=-1))) + 1)
