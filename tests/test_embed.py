@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -294,3 +295,24 @@ def test_a_second_writer_is_refused_before_it_works(pictures: list[Sample], tmp_
         with pytest.raises(InputError, match="another process writes"):
             embed_to_store(e, pictures, tmp_path / "s")
         assert e.seen == []
+
+
+def test_a_full_disk_keeps_what_is_done_and_the_next_run_ends_the_job(
+    pictures: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real failure of the file system: files may not grow beyond 9 kB, so one large chunk does not fit."""
+    monkeypatch.setattr("chiasm.embed.CHUNK_ROWS", 20)
+    many = [replace(s, id=f"{s.id}-{k}") for k in range(20) for s in pictures]
+    assert embed_to_store(encoder(), many[:11], tmp_path / "s", modalities=("image",)).added == {"image": 11}
+    monkeypatch.setattr("chiasm.embed.CHUNK_ROWS", 200)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, hard))
+    try:
+        with pytest.raises(InputError, match="the disk is full: the store could not be written"):
+            embed_to_store(encoder(), many, tmp_path / "s", modalities=("image",))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert open_store(tmp_path / "s").count() == 11
+    done = embed_to_store(encoder(), many, tmp_path / "s", modalities=("image",))
+    assert (done.added, done.present) == ({"image": 209}, {"image": 11})
+    assert open_store(tmp_path / "s").ids("image") == tuple(s.id for s in many)

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +38,17 @@ def make(n: int, *, first: int = 0, modality: Modality = "image", space: Space =
         patients=tuple(f"p{i // 2}" for i in range(first, first + n)),
         labels={"age": tuple(range(n)), "edema": tuple(0.5 if i % 2 else None for i in range(n))},
     )
+
+
+@contextmanager
+def file_limit(size: int) -> Iterator[None]:
+    """Let no file of this process grow beyond a size, as a full disk or a quota would."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def check_equal(a: Embeddings, b: Embeddings) -> None:
@@ -273,50 +287,29 @@ def test_a_full_disk_is_told_and_loses_nothing(tmp_path: Path) -> None:
     Lance notices a failure in the middle of a file; one at its end it does not, and commits a file that cannot be
     opened. The store must take that back, also when it compacts.
     """
-    code = """
-import resource, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[2])
-from test_store import make
-from chiasm.errors import InputError
-from chiasm.io.store import StoreMetadata, create_store, open_store
-def limit(size):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, -1))
-def sizes():
-    return [p.stat().st_size for p in (path / "embeddings.lance" / "data").glob("*.lance")]
-path = Path(sys.argv[1])
-with create_store(path, StoreMetadata.of(make(1))) as store:
-    store.append(make(5))
-    store.append(make(60, first=5))
-    (whole,) = set(sizes()) - {min(sizes())}
-    n = 65
-    for size in (whole // 2, *range(whole - 1700, whole, 212), whole - 1):
-        limit(size)
-        try:
-            store.append(make(60, first=n))
-            print("stored", size)
-        except InputError as error:
-            print(error.message, "|", error.hint)
-        limit(-1)
-        assert len(open_store(path).read("image")) == n
-        n += store.append(make(2, first=n))
-    limit(whole + 500)  # enough for the chunks, not for the merged file
-store = open_store(path)
-assert store.ids("image") == tuple(f"id{i}" for i in range(n))
-print("kept", len(sizes()) > 2)
-limit(-1)
-with open_store(path) as store:
-    store.append(make(1, first=n))
-print("merged", len(sizes()), n + 1)
-"""
-    command = [sys.executable, "-c", code, str(tmp_path), str(Path(__file__).parent)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    *errors, kept, merged = done.stdout.splitlines()
-    told = "the disk is full: the store could not be written | free some space and run the same command again"
-    assert errors == [told] * 11
-    assert (kept, merged) == ("kept True", "merged 1 88")
-    assert str(tmp_path) not in done.stdout + done.stderr
+
+    def sizes() -> list[int]:
+        return [p.stat().st_size for p in (tmp_path / "embeddings.lance" / "data").glob("*.lance")]
+
+    with create_store(tmp_path, StoreMetadata.of(make(1))) as store:
+        store.append(make(5))
+        store.append(make(60, first=5))
+        whole, n = max(sizes()), 65
+        for size in (whole // 2, *range(whole - 1700, whole, 212), whole - 1):
+            with file_limit(size), pytest.raises(InputError, match="the disk is full: the store could not") as caught:
+                store.append(make(60, first=n))
+            assert caught.value.hint == "free some space and run the same command again"
+            assert str(tmp_path) not in caught.value.message
+            assert len(open_store(tmp_path).read("image")) == n
+            n += store.append(make(2, first=n))
+        with file_limit(whole + 500):  # enough for the chunks, not for the merged file
+            store.close()
+    assert len(sizes()) > 2
+    assert open_store(tmp_path).ids("image") == tuple(f"id{i}" for i in range(n))
+    with open_store(tmp_path) as store:
+        store.append(make(1, first=n))
+    assert len(sizes()) == 1
+    assert open_store(tmp_path).count() == n + 1
 
 
 def test_a_version_that_is_not_whole_is_left_by_the_next_writer(tmp_path: Path) -> None:
