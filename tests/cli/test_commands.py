@@ -89,6 +89,16 @@ def test_retrieval_measures_and_searches(chiasm: Run, model_dir: Path, phantom_t
     assert "rank" in by_image
 
 
+@pytest.mark.filterwarnings("ignore::chiasm.data.tokens.TruncationWarning")
+def test_placeholders_are_left_out_of_retrieval(chiasm: Run, model_dir: Path, phantom_table: Path) -> None:
+    words = ("retrieval", "--table", phantom_table, "--model", model_dir, "--json")
+    everything = chiasm(*words)["text_to_image"]["corpus_size"]
+    kept = chiasm(*words, "--drop-text", "EFFUSION")["text_to_image"]["corpus_size"]
+    assert 0 < kept < everything
+    assert "matches the texts of all" in chiasm(*words, "--drop-text", ".", code=1)
+    assert "no regular expression" in chiasm(*words, "--drop-text", "(", code=1)
+
+
 def test_embed_then_search_the_store(chiasm: Run, model_dir: Path, phantom_table: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     record = chiasm(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ TableOption = Annotated[
 ImagesArgument = Annotated[list[Path] | None, typer.Argument(help="Image files or folders of images.")]
 GroupOption = Annotated[
     str | None, typer.Option("--group", help="Column of the patient (or slide) for intervals; found by name if absent.")
+]
+DropTextOption = Annotated[
+    str | None, typer.Option("--drop-text", help="Leave out rows whose text matches this regular expression.")
 ]
 SplitOption = Annotated[str | None, typer.Option("--split", help="Use only rows whose split column says this.")]
 
@@ -62,6 +66,24 @@ def read_rows(
     if not rows.samples:
         raise InputError(f"no usable rows ({rows.rejected} rejected)", hint="`--debug` shows more")
     return rows
+
+
+def without_texts(samples: Sequence[Sample], pattern: str | None) -> tuple[Sample, ...]:
+    """Return the samples whose text does not match a regular expression (placeholders, say); case is ignored.
+
+    Raises:
+        InputError: No regular expression, or nothing is left.
+    """
+    if pattern is None:
+        return tuple(samples)
+    try:
+        found = re.compile(pattern, re.IGNORECASE)
+    except re.error as error:
+        raise InputError(f"--drop-text `{pattern}` is no regular expression: {error}") from error
+    kept = tuple(s for s in samples if s.text is None or not found.search(s.text))
+    if not kept:
+        raise InputError(f"--drop-text matches the texts of all {len(samples)} rows")
+    return kept
 
 
 def open_table(path: Path, *, group: str | None = None) -> Dataset:

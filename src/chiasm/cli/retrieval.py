@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from chiasm.cli.inputs import GroupOption, SplitOption, TableOption
+from chiasm.cli.inputs import DropTextOption, GroupOption, SplitOption, TableOption
 from chiasm.cli.output import (
     BatchOption,
     CodeOption,
@@ -39,6 +39,7 @@ def run(
     ] = None,
     split: SplitOption = None,
     group: GroupOption = None,
+    drop_text: DropTextOption = None,
     top: Annotated[int, typer.Option("--top", "-k", min=1, help="Answers per query.")] = 5,
     answers: Annotated[str, typer.Option("--answers", help="Search among: image, text.")] = "image",
     device: DeviceOption = "cpu",
@@ -49,7 +50,7 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Search when there is a query; otherwise score both directions on the pairs."""
-    from chiasm.cli.inputs import load_encoder, read_rows
+    from chiasm.cli.inputs import load_encoder, read_rows, without_texts
     from chiasm.embed import embed_images, embed_texts
     from chiasm.evaluate.search_scores import score_retrieval
     from chiasm.io.store import open_store
@@ -65,7 +66,7 @@ def run(
     def corpus(modality: str) -> Embeddings:
         if store is not None:
             return open_store(store).read("image" if modality == "image" else "text")
-        rows = read_rows(None, table, group=group, split=split).samples
+        rows = without_texts(read_rows(None, table, group=group, split=split).samples, drop_text)
         if modality == "image":
             return embed_images(encoder, rows, batch_size=batch_size, progress=progress)
         return embed_texts(encoder, rows, batch_size=batch_size, progress=progress)
