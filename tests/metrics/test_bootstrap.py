@@ -149,6 +149,17 @@ def test_bca_of_a_constant_is_the_constant():
     assert (interval.value, interval.low, interval.high) == (1.0, 1.0, 1.0)
 
 
+def test_bca_falls_back_to_percentiles_where_it_is_undefined():
+    values = np.arange(8.0)
+    # Every resample lies on one side of the value: no bias can be estimated.
+    one_sided = weighted_interval(
+        lambda w: np.where((w == 1).all(1), 9.0, w @ values / w.sum(1)), range(8), method="bca"
+    )
+    plain = weighted_interval(lambda w: np.where((w == 1).all(1), 9.0, w @ values / w.sum(1)), range(8))
+    assert one_sided == plain
+    assert one_sided.high < one_sided.value
+
+
 def test_one_patient_has_no_interval():
     for interval in (
         weighted_interval(mean_statistic([1.0, 2.0]), ["a", "a"]),

@@ -205,6 +205,7 @@ def test_intervals_hold_value_count_and_chance():
         (lambda: auroc([0, 1], [0, 1, 2]), r"scores of shape \(3,\) for labels of shape \(2,\)"),
         (lambda: auroc([[0, 1]], [[0, 1]]), "one value a row"),
         (lambda: macro_auroc([0, 1], [0, 1]), "rows, labels"),
+        (lambda: macro_auroc_interval([0, 1], [0, 1], ["p", "q"]), "rows, labels"),
         (lambda: accuracy(["a"], ["a", "b"]), "different lengths: 1, 2"),
         (lambda: accuracy(["a"], [1]), "mix numbers and text"),
         (lambda: auroc_interval([0, 1], [0, 1], ["p"]), "different lengths: 2, 2, 1"),

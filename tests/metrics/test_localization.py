@@ -118,6 +118,10 @@ def test_contrast_by_hand():
     assert contrast_to_noise(np.full((3, 3), 0.1), [Box(0, 0, 2, 1)]) == 0.0
 
 
+def test_a_box_over_the_whole_map_has_no_contrast():
+    assert math.isnan(contrast_to_noise(np.arange(9.0).reshape(3, 3), [Box(0, 0, 3, 3)]))
+
+
 def test_equal_maxima_are_shared_out():
     heat = np.array([[1.0, 1.0, 1.0, 0.0]])
     assert pointing_game(heat, [Box(0, 0, 1, 1)]) == pytest.approx(1 / 3)
