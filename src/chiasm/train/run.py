@@ -39,6 +39,7 @@ from chiasm.train.features import (
 )
 from chiasm.train.images import array_digest, file_images, images_of, readable
 from chiasm.train.loop import LAST, Loop, LoopResult
+from chiasm.train.machine import prepare_for_training
 from chiasm.train.pairs import OpenedPairs, PairTable, file_facts, open_pairs
 from chiasm.train.recipe import Recipe, TrainConfig, resolve_augment
 from chiasm.train.sources import ImageBatch, PairRows
@@ -207,7 +208,7 @@ def _build(recipe: Recipe, pairs: OpenedPairs) -> tuple[DualEncoder, Tokenizer]:
         from chiasm.train.recipe import expand_path
 
         encoder = load(expand_path(recipe.start, "start"), device=recipe.run.device)
-        return encoder.model.train(), encoder.tokenizer
+        return prepare_for_training(encoder.model.train()), encoder.tokenizer
     config = recipe.encoder_config()
     spec = dict(config.tokenizer)
     if spec.pop("compact", False):
@@ -220,7 +221,7 @@ def _build(recipe: Recipe, pairs: OpenedPairs) -> tuple[DualEncoder, Tokenizer]:
         text = replace(text, vocab_size=tokenizer.vocab_size)
     config = replace(config, text=text, tokenizer=tokenizer.to_dict())
     model = build_encoder_model(config, allow_code=True, seed=recipe.seed)
-    return model.to(recipe.run.device), tokenizer
+    return prepare_for_training(model.to(recipe.run.device)), tokenizer
 
 
 class _RowsMaker:
