@@ -131,3 +131,13 @@ def test_damage_is_refused(tmp_path: Path) -> None:
         description.write_text(json.dumps(json.loads(description.read_text()) | change))
         with pytest.raises(CheckpointError, match=message):
             read_model_dir(tmp_path)
+
+
+def test_every_type_and_the_files_rights(tmp_path: Path) -> None:
+    types = (torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool)
+    tensors = {str(d): torch.ones(5, 3).to(d) for d in types} | {"scalar": torch.tensor(3), "none": torch.zeros(0, 2)}
+    save_model_dir(tmp_path, tensors, name="x", config={})
+    found = read_model_dir(tmp_path).tensors
+    assert all(torch.equal(found[k], v) and found[k].dtype == v.dtype for k, v in tensors.items())
+    rights = {p.stat().st_mode & 0o777 for p in tmp_path.iterdir()}
+    assert len(rights) == 1  # whoever may read the description may read the weights

@@ -95,7 +95,8 @@ def save_model_dir(
             "training": dict(training or {}),
             "weights": {"file": WEIGHTS_FILE, "sha256": _sha256(_next(weights)), "tensors": len(tensors)},
         }
-        _write_text(_next(description), json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        _write_text(_next(description), _laid_out(value))
+        _next(weights).chmod(_next(description).stat().st_mode)  # safetensors writes for the owner alone
         if recipe is not None:
             _write_text(_next(directory / RECIPE_FILE), recipe)
         for file in files:
@@ -141,6 +142,19 @@ def read_model_dir(directory: str | Path) -> ModelDir:
     )
 
 
+def read_description(directory: str | Path) -> dict[str, Any]:
+    """Return the checked content of ``encoder.json`` without looking at the weights.
+
+    Raises:
+        CheckpointError: Absent or damaged, or a newer format.
+    """
+    directory = Path(directory)
+    for path in (directory / DESCRIPTION_FILE, directory / (DESCRIPTION_FILE + NEXT)):
+        if path.is_file():
+            return _checked(path)
+    raise CheckpointError(f"`{directory.name}` holds no chiasm model", hint=f"expected `{DESCRIPTION_FILE}` in it")
+
+
 def _checked(path: Path) -> dict[str, Any]:
     value = read_json(path)
     if value.get("format") != FORMAT:
@@ -160,6 +174,17 @@ def _checked(path: Path) -> dict[str, Any]:
     ):
         raise CheckpointError(f"`{path.name}` lacks the name, the configuration or the digest of the weights")
     return value
+
+
+def _laid_out(value: Mapping[str, Any]) -> str:
+    """JSON with one line per field and per part of the configuration: a vocabulary takes one line, not thousands."""
+
+    def line(item: Any) -> str:
+        return json.dumps(item, ensure_ascii=False)
+
+    parts = ",\n".join(f"  {line(k)}: {line(v)}" for k, v in value["config"].items())
+    lines = [f" {line(k)}: " + (f"{{\n{parts}\n }}" if k == "config" else line(v)) for k, v in value.items()]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def _next(path: Path) -> Path:

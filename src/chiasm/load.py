@@ -1,0 +1,420 @@
+"""A name or a path to an encoder: the one way in, whatever the file format.
+
+In: a catalog name, a model folder (chiasm's, transformers', open_clip's) or a weight file. Out: :class:`Encoder`.
+Native towers are built without memory (on the meta device) and take the file's memory-mapped tensors as they are;
+they draw nothing at random, the load is strict, and nothing in a file is run. Half precision becomes float32.
+
+Names and order of :func:`create_model_and_transforms`, :func:`get_tokenizer` and :func:`list_models` are open_clip's.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from chiasm.checkpoints import huggingface, native, open_clip, openai
+from chiasm.checkpoints.containers import read_state_dict
+from chiasm.encoders.base import Encoder, EncoderConfig
+from chiasm.encoders.build import build_encoder_model
+from chiasm.encoders.catalog import ARCHITECTURES, CATALOG, CatalogEntry
+from chiasm.encoders.dual import DualEncoder
+from chiasm.errors import CheckpointError, ConfigError, InputError, UnknownName
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from PIL.Image import Image
+
+    from chiasm.data.augment import Augment
+    from chiasm.data.tokenizers import Tokenizer
+
+__all__ = ["create_model_and_transforms", "get_tokenizer", "list_models", "load", "save_encoder"]
+
+WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".ckpt")
+_log = logging.getLogger("chiasm")
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What was found: tensors under the model's names, and what to build for them."""
+
+    name: str
+    config: EncoderConfig
+    tensors: Mapping[str, Tensor]
+
+
+def load(
+    name_or_path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    allow_code: bool = False,
+    pretrained: str | Path | None = None,
+    family: str | None = None,
+) -> Encoder:
+    """Load an encoder with its preprocessing, tokenizer and scale.
+
+    Args:
+        name_or_path: A name (``openai/ViT-B-32``; ``chiasm models`` lists them), a model folder, or a weight file.
+        device: Where the weights go.
+        allow_code: Whether a tower that a model folder names as ``package.module:factory`` may be imported and run.
+        pretrained: With a name: the weight file or folder, or the tag ``openai``; None: look in
+            ``$CHIASM_HOME/models`` (``~/.cache/chiasm/models``).
+        family: With a bare state dict: whose weights they are (``openai``: QuickGELU, ``open_clip``: GELU), which the
+            file itself cannot tell.
+
+    Returns:
+        The encoder, in eval mode, in float32.
+
+    Raises:
+        UnknownName: No model of that name, or no such family.
+        CheckpointError: Weights absent, foreign, damaged, or not those of the model; nothing in a file is run.
+        ConfigError: A tower is code and ``allow_code`` is false.
+    """
+    if family is not None and family not in openai.FAMILIES:
+        raise UnknownName("family", family, openai.FAMILIES, hint=f"one of: {', '.join(openai.FAMILIES)}")
+    source = _find(name_or_path, pretrained, family)
+    return Encoder(_filled(source, allow_code).to(device), source.config, name=source.name)
+
+
+def _find(name_or_path: str | Path, pretrained: str | Path | None, family: str | None) -> _Source:
+    name = str(name_or_path)
+    entry = CATALOG.find(name) if isinstance(name_or_path, str) else None
+    if entry is None and name in ARCHITECTURES and isinstance(name_or_path, str):
+        return _architecture(name, pretrained, family)
+    if entry is not None:
+        found = _given(pretrained) if pretrained not in (None, "openai") else _cached(entry)
+        if found is None:
+            raise _absent(entry)
+        return _checked(_read(found, family, expected=entry.config), entry.name, entry.config)
+    path = Path(name).expanduser()
+    if path.exists():
+        if pretrained is not None:
+            raise InputError("`pretrained` goes with a name, but a path was given")
+        return _read(path, family)
+    if isinstance(name_or_path, Path) or name.startswith((".", "~", "/")) or path.suffix in WEIGHT_SUFFIXES:
+        raise CheckpointError(f"`{path.name}` does not exist", hint="check the path")
+    CATALOG.get(name)  # raises UnknownName with a suggestion
+    raise AssertionError
+
+
+def _architecture(name: str, pretrained: str | Path | None, family: str | None) -> _Source:
+    """One of open_clip's names: the architecture, with weights that must be named.
+
+    Where the weights state their activation (OpenAI's archive, a model folder), that counts, not the name's suffix.
+    """
+    official = CATALOG.get(f"openai/{name.removesuffix('-quickgelu')}")
+    if pretrained == "openai":  # as in open_clip, OpenAI's weights bring OpenAI's activation
+        return _find(official.name, None, None)
+    if pretrained is None:
+        raise CheckpointError(
+            f"`{name}` is an architecture without weights",
+            hint=f"add `pretrained=` (`openai` or a path), or load `{official.name}`",
+        )
+    source = _read(_given(pretrained), family, expected=ARCHITECTURES[name])
+    return _checked(source, source.name, _like(source.config, ARCHITECTURES[name]))
+
+
+def _given(pretrained: str | Path | None) -> Path:
+    path = Path(str(pretrained)).expanduser()
+    if not path.exists():
+        raise CheckpointError(
+            f"`pretrained` is `{path.name}`, which is no file, no folder and not the tag `openai`",
+            hint="download the weights, then give their path",
+        )
+    return path
+
+
+def _like(config: EncoderConfig, wanted: EncoderConfig) -> EncoderConfig:
+    """``wanted`` with the activations of ``config``."""
+    image = replace(wanted.image, activation=config.image.activation)
+    return replace(wanted, image=image, text=replace(wanted.text, activation=config.text.activation))
+
+
+def _checked(source: _Source, name: str, config: EncoderConfig) -> _Source:
+    """The source under a name that promises an architecture."""
+    for side in ("image", "text", "projection"):
+        if getattr(source.config, side) != getattr(config, side):
+            raise CheckpointError(
+                f"the weights are not those of `{name}`: their {side} side is another one",
+                hint="load them by their path alone",
+            )
+    return replace(source, name=name)
+
+
+def _read(path: Path, family: str | None, expected: EncoderConfig | None = None) -> _Source:
+    """Read a folder or a file; ``expected`` states the activation of a bare state dict."""
+    if path.is_file():
+        return _read_file(path, family, expected)
+    name = path.resolve().name
+    if native.is_model_dir(path):
+        found = native.read_model_dir(path)
+        return _Source(found.name, _config(found.config), found.tensors)
+    if (path / open_clip.CONFIG_FILE).is_file():
+        tensors, config = open_clip.read_model_dir(path)
+    elif (path / "config.json").is_file():
+        tensors, config = huggingface.read_model_dir(path)
+    else:
+        raise CheckpointError(
+            f"folder `{path.name}` holds no model",
+            hint=f"expected `{native.DESCRIPTION_FILE}`, `{open_clip.CONFIG_FILE}` or `config.json` in it",
+        )
+    return _Source(name, _config(config), tensors)
+
+
+def _read_file(path: Path, family: str | None, expected: EncoderConfig | None) -> _Source:
+    state = read_state_dict(path)
+    tensors: dict[str, Tensor] = state.tensors
+    if huggingface.is_huggingface_layout(tensors):
+        tensors = huggingface.to_openai(tensors)
+    if not openai.is_openai_layout(tensors):
+        raise CheckpointError(
+            f"`{path.name}` holds {len(tensors)} tensors, but not those of a CLIP in a layout that chiasm knows",
+            hint="for a model folder, give the folder instead of the file inside",
+        )
+    tensors = openai.tidy(tensors)
+    if family is not None:
+        activation = openai.FAMILIES[family]
+    elif state.container == "torchscript":  # only OpenAI publishes CLIP in this form
+        activation = openai.FAMILIES["openai"]
+    elif expected is not None:
+        activation = expected.text.activation
+    else:
+        raise CheckpointError(
+            f"`{path.name}` is a bare state dict, which does not say whose it is; the wrong activation would change "
+            "every embedding a little and unnoticed",
+            hint="add `family=`: `openai` for OpenAI's weights and what was tuned from them (QuickGELU), `open_clip` "
+            "for models of open_clip without `-quickgelu` in their name (GELU)",
+        )
+    config = _config(openai.config_from_state_dict(tensors, activation=activation))
+    name = path.stem
+    if state.container == "torchscript":
+        name = next((e.name for e in CATALOG.entries() if e.config == config), name)
+    return _Source(name, config, tensors)
+
+
+def _config(values: Mapping[str, Any]) -> EncoderConfig:
+    try:
+        return EncoderConfig.from_dict(values)
+    except ConfigError as error:
+        raise CheckpointError(f"the model states an impossible configuration: {error.message}") from error
+
+
+def _filled(source: _Source, allow_code: bool) -> DualEncoder:
+    """Build the model and give it the tensors, strictly, leaving nothing on the meta device.
+
+    A foreign tower is built on the CPU, since it may keep buffers that no file holds; its draws leave torch's global
+    generator as it was.
+    """
+    _check_size(source)
+    device: Literal["cpu", "meta"] = "meta" if source.config.is_native else "cpu"
+    try:
+        model = build_encoder_model(source.config, seed=0, allow_code=allow_code, device=device)
+    except RuntimeError as error:  # torch's own, of sizes that cannot be
+        raise CheckpointError("the model states a configuration that cannot be built") from error
+    expected = model.state_dict()
+    _check_names(expected, source.tensors)
+    tensors = {k: v.float() if v.is_floating_point() else v for k, v in source.tensors.items()}
+    with torch.no_grad():
+        model.load_state_dict(tensors, strict=True, assign=True)
+    for module in model.modules():
+        tie = getattr(module, "tie_weights", None)  # T5's embedding has two names
+        if callable(tie):
+            tie()
+    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    if left:
+        raise CheckpointError(f"`{left[0]}` has no weights after loading")
+    return model
+
+
+def _check_size(source: _Source) -> None:
+    """Refuse a configuration that is far larger than the weights beside it, before time goes into building it."""
+    count = len(source.tensors)
+    elements = sum(t.numel() for t in source.tensors.values())
+    layers: list[object] = [source.config.text.layers, source.config.image.layers]
+    for options in (source.config.image.options, source.config.text.options):
+        stated = options.get("config")
+        values = json.loads(stated) if isinstance(stated, str) else stated
+        if isinstance(values, Mapping):
+            layers.extend(v for k, v in values.items() if "layers" in k or k == "depths")
+            sizes = [v for k, v in values.items() if isinstance(v, int) and not k.endswith("_id")]
+            if max(sizes, default=0) > max(elements, 10_000):
+                raise CheckpointError(f"the model states sizes beyond the {elements:,} numbers in its weights")
+    depths = [n for item in layers for n in (item if isinstance(item, (list, tuple)) else [item])]
+    deepest = max((n for n in depths if isinstance(n, int)), default=0)
+    if deepest > max(count, 100):
+        raise CheckpointError(f"the model states {deepest} layers, its weights are {count} tensors")
+
+
+def _check_names(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    missing = sorted(set(expected) - set(found))
+    extra = sorted(set(found) - set(expected))
+    shapes = [
+        f"`{k}` is {tuple(found[k].shape)}, not {tuple(expected[k].shape)}"
+        for k in expected
+        if k in found and found[k].shape != expected[k].shape
+    ]
+    problems = []
+    for what, names in (("lack", missing), ("have besides", extra)):
+        if names:
+            shown = ", ".join(f"`{n}`" for n in names[:3]) + (" …" if len(names) > 3 else "")
+            problems.append(f"{what} {len(names)}: {shown}")
+    if shapes:
+        problems.append(f"have other shapes: {'; '.join(shapes[:3])}")
+    if problems:
+        raise CheckpointError(f"the weights do not fit the model: they {', '.join(problems)}")
+
+
+def _models_folder() -> Path:
+    return Path(os.environ.get("CHIASM_HOME") or "~/.cache/chiasm").expanduser() / "models"
+
+
+def _cached(entry: CatalogEntry) -> Path | None:
+    """The folder or file of a catalog entry in the cache: ``models/NAME``, with or without a suffix."""
+    folder = _models_folder()
+    stems = [entry.name, entry.name.rsplit("/", 1)[-1]]
+    if entry.weights is not None:
+        stems.append(entry.weights.file_name.rsplit(".", 1)[0])
+    for stem in dict.fromkeys(stems):
+        for suffix in ("", *WEIGHT_SUFFIXES):
+            path = folder / f"{stem}{suffix}"
+            if path.is_file() or (not suffix and path.is_dir() and any(path.iterdir())):
+                return path
+    return None
+
+
+def _absent(entry: CatalogEntry) -> CheckpointError:
+    message = f"the weights of `{entry.name}` are not on this machine"
+    if entry.weights is None:
+        return CheckpointError(message, hint=f"put them into {_models_folder()}")
+    file = entry.weights.file_name
+    return CheckpointError(
+        f"{message}; chiasm does not download them",
+        hint=f"get {entry.weights.url} (licence: {entry.licence}), then `load('/path/to/{file}')`, or put the file "
+        f"into {_models_folder()}",
+    )
+
+
+def save_encoder(
+    encoder: Encoder,
+    directory: str | Path,
+    *,
+    training: Mapping[str, Any] | None = None,
+    recipe: str | None = None,
+) -> Path:
+    """Write an encoder as a model folder that :func:`load` reads anywhere; atomic.
+
+    Towers of transformers are stored with their configuration and tokenizers with their vocabulary, so nothing else is
+    needed. A tower that is code stays a reference to it.
+
+    Args:
+        encoder: What to write; its name becomes the folder's model name.
+        directory: Created, or its model replaced.
+        training: JSON values about how the weights came to be.
+        recipe: Text of the resolved recipe.
+
+    Raises:
+        CheckpointError: The files cannot be written; what was there before is intact.
+    """
+    return native.save_model_dir(
+        directory,
+        encoder.model.state_dict(),
+        name=encoder.name,
+        config=portable_config(encoder).to_dict(),
+        training=training,
+        recipe=recipe,
+    )
+
+
+def portable_config(encoder: Encoder) -> EncoderConfig:
+    """Return the encoder's declaration with everything in it that building it again needs."""
+    config, model = encoder.config, encoder.model
+    image = getattr(getattr(model.visual, "trunk", None), "stored", config.image)
+    text = getattr(getattr(model.text, "transformer", None), "stored", config.text)
+    return replace(config, image=image, text=text, tokenizer=encoder.tokenizer.to_dict())
+
+
+def create_model_and_transforms(
+    name: str | Path,
+    pretrained: str | Path | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    augment: Augment | None = None,
+    allow_code: bool = False,
+    family: str | None = None,
+) -> tuple[DualEncoder, Callable[[Image], Tensor], Callable[[Image], Tensor]]:
+    """Return ``(model, preprocess_train, preprocess_val)``, as open_clip does.
+
+    Args:
+        name: An architecture of open_clip (``ViT-B-32``; :func:`list_models`), or whatever :func:`load` takes.
+        pretrained: ``openai``, or the path of a weight file or folder. None with an architecture's name: weights drawn
+            from torch's global generator, as in open_clip, with a message to the log.
+        device: Where the weights go.
+        augment: What ``preprocess_train`` may vary; None: only a random crop of 90 to 100 % of the area, as in
+            open_clip. Its randomness comes from torch's global generator.
+        allow_code: See :func:`load`.
+        family: See :func:`load`.
+
+    Deviation from open_clip: the model is in eval mode; call ``model.train()`` to train it.
+    """
+    from chiasm.data.augment import Augment as AugmentClass
+    from chiasm.data.augment import augmentation
+    from chiasm.data.transforms import image_transform
+
+    if pretrained is None and name in ARCHITECTURES:
+        _log.warning("no weights were named for `%s`: they are drawn at random", name)
+        model = build_encoder_model(ARCHITECTURES[str(name)]).eval().to(device)
+    else:
+        model = load(name, pretrained=pretrained, device=device, allow_code=allow_code, family=family).model
+    varied = augmentation(augment or AugmentClass(), model.config.preprocess)
+
+    def preprocess_train(image: Image) -> Tensor:
+        # A generator of its own for each image: worker processes are seeded by torch, not by NumPy.
+        return varied(image, np.random.default_rng(int(torch.randint(2**62, ()))))
+
+    return model, preprocess_train, image_transform(model.config.preprocess)
+
+
+def get_tokenizer(name: str | Path) -> Tokenizer:
+    """Return the tokenizer of an architecture, of a catalog name, or of a chiasm model folder.
+
+    Raises:
+        UnknownName: No model of that name.
+        CheckpointError: A folder that holds no chiasm model.
+    """
+    from chiasm.data.tokenizers import make_tokenizer
+
+    entry = CATALOG.find(name) if isinstance(name, str) else None
+    if entry is not None:
+        return make_tokenizer(entry.config.tokenizer)
+    if name in ARCHITECTURES:
+        return make_tokenizer(ARCHITECTURES[str(name)].tokenizer)
+    path = Path(name).expanduser()
+    if path.exists():
+        return make_tokenizer(_config(native.read_description(path)["config"]).tokenizer)
+    return make_tokenizer(CATALOG.get(str(name)).config.tokenizer)
+
+
+def list_models() -> list[str]:
+    """Return all names that :func:`create_model_and_transforms` takes: architectures and the catalog."""
+    return sorted({*ARCHITECTURES, *CATALOG.names()})
+
+
+class _CallableModule(ModuleType):
+    """Lets ``chiasm.load(...)`` work although importing this module puts it under that very name of the package."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Encoder:
+        return load(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -1,0 +1,121 @@
+"""Every model of the catalog, and every kind of tower, keeps the laws of ``chiasm.testing.check_encoder``.
+
+The catalog's models run with random weights at reduced depth and width; everything else is theirs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from chiasm.encoders.base import Encoder, EncoderConfig, ImageTowerConfig, ProjectionConfig, TextTowerConfig
+from chiasm.encoders.build import build_encoder_model
+from chiasm.encoders.catalog import CATALOG
+from chiasm.testing import TinyEncoder, check_encoder
+from chiasm.types import Preprocess
+
+
+def reduced(config: EncoderConfig) -> EncoderConfig:
+    """The same model with one or two blocks, an eighth of the width and a smaller image."""
+    image = config.image
+    if image.kind == "vit":
+        size = 2 * image.patch_size
+        image = replace(image, width=image.width // 8, layers=2, heads=4, image_size=size)
+    else:
+        size = 64
+        image = replace(image, width=8, layers=(1,) * len(image.layers), heads=4, image_size=size)  # type: ignore[arg-type]
+    text = replace(config.text, width=config.text.width // 8, layers=2, heads=4)
+    return replace(config, image=image, text=text, preprocess=replace(config.preprocess, size=size))
+
+
+@pytest.mark.parametrize("name", CATALOG.names())
+def test_catalog(name: str) -> None:
+    config = reduced(CATALOG.get(name).config)
+    check_encoder(Encoder(build_encoder_model(config, seed=0), config, name=name))
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_tiny_encoder(kind: str) -> None:
+    check_encoder(TinyEncoder(1, kind=kind))
+
+
+@pytest.mark.parametrize(
+    ("image", "text"),
+    [
+        ({"pool": "mean"}, {"pool": "mean"}),
+        ({"pool": "attention", "pre_norm": False}, {"pool": "last", "causal": False}),
+        ({"activation": "gelu"}, {"pool": "cls", "causal": False, "activation": "gelu"}),
+    ],
+)
+def test_native_options(image: dict[str, Any], text: dict[str, Any]) -> None:
+    tiny = TinyEncoder(0)
+    config = replace(tiny.config, image=replace(tiny.config.image, **image), text=replace(tiny.config.text, **text))
+    check_encoder(Encoder(build_encoder_model(config, seed=0), config, name="options"))
+
+
+SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+PATCHES: dict[str, Any] = SMALL | {"image_size": 32, "patch_size": 8}
+SWIN: dict[str, Any] = {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "image_size": 32, "patch_size": 4}
+
+
+@pytest.mark.parametrize(
+    ("image", "text"),
+    [
+        ({"model_type": "dinov2", **PATCHES}, {"model_type": "bert", **SMALL}),
+        ({"model_type": "swin", "window_size": 4, **SWIN}, {"model_type": "roberta", **SMALL}),
+        ({"model_type": "convnext", "hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2},
+         {"model_type": "t5", "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 2}),
+    ],
+    ids=lambda c: c["model_type"],
+)  # fmt: skip
+def test_towers_of_transformers(image: dict[str, Any], text: dict[str, Any]) -> None:
+    tokenizer = TinyEncoder(0).tokenizer.to_dict()
+    size = 598  # of that tokenizer's vocabulary
+    config = EncoderConfig(
+        image=ImageTowerConfig(kind="huggingface", source="x", image_size=32, pool="mean", options={"config": image}),
+        text=TextTowerConfig(
+            kind="huggingface", source="x", context_length=32, options={"config": text | {"vocab_size": size}}
+        ),
+        projection=ProjectionConfig(dim=12, image="mlp", text="linear"),
+        tokenizer=tokenizer,
+        preprocess=Preprocess(32),
+    )
+    check_encoder(Encoder(build_encoder_model(config, seed=0), config, name="foreign"))
+
+
+def test_the_checks_notice_what_they_should() -> None:
+    """An encoder that breaks a law does not pass."""
+
+    class Forgetful(torch.nn.Module):
+        """Adds the mean of the batch, so that a row depends on its neighbours."""
+
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.inner(x)
+            return y + y.mean(0) if len(y) else y
+
+    encoder = TinyEncoder(0)
+    encoder.model.visual = Forgetful(encoder.model.visual)
+    with pytest.raises(AssertionError, match=r"changes by .* with the other rows of its batch"):
+        check_encoder(encoder)
+    encoder = TinyEncoder(0)
+    with torch.no_grad():
+        encoder.model.text_projection.zero_()
+    with pytest.raises(AssertionError, match="two inputs give one embedding"):
+        check_encoder(encoder)
+    encoder = TinyEncoder(0)
+    with torch.no_grad():
+        encoder.model.logit_scale.fill_(100.0)  # a multiplier where its logarithm belongs
+    with pytest.raises(AssertionError, match="a multiplier lies in"):
+        check_encoder(encoder)
+    encoder = TinyEncoder(0)
+    with torch.no_grad():
+        encoder.model.visual.proj[0, 0] = float("nan")
+    with pytest.raises(AssertionError, match="not all numbers are finite"):
+        check_encoder(encoder)
