@@ -150,14 +150,15 @@ def test_bca_of_a_constant_is_the_constant():
 
 
 def test_bca_falls_back_to_percentiles_where_it_is_undefined():
-    values = np.arange(8.0)
-    # Every resample lies on one side of the value: no bias can be estimated.
-    one_sided = weighted_interval(
-        lambda w: np.where((w == 1).all(1), 9.0, w @ values / w.sum(1)), range(8), method="bca"
-    )
-    plain = weighted_interval(lambda w: np.where((w == 1).all(1), 9.0, w @ values / w.sum(1)), range(8))
-    assert one_sided == plain
-    assert one_sided.high < one_sided.value
+    """Every resample lies on one side of the value, so that no bias can be estimated."""
+    values = np.arange(30.0)
+
+    def statistic(weights):
+        return np.where((weights == 1).all(1), 99.0, weights @ values / weights.sum(1))
+
+    corrected = weighted_interval(statistic, range(30), method="bca")
+    assert corrected == weighted_interval(statistic, range(30))
+    assert corrected.high < corrected.value
 
 
 def test_one_patient_has_no_interval():
