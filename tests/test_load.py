@@ -335,7 +335,7 @@ def test_absent_weights_say_where_to_get_them(tmp_path: Path, monkeypatch: pytes
         assert str(tmp_path / "home" / "models") in str(caught.value)
 
 
-@pytest.mark.parametrize("place", ["openai/tiny.pt", "tiny.pt", "tiny.safetensors", "openai/tiny/", "tiny/"])
+@pytest.mark.parametrize("place", ["openai/tiny.pt", "tiny.safetensors", "tiny/"])
 def test_the_cache(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

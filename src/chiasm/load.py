@@ -315,7 +315,7 @@ def save_encoder(
     """Write an encoder as a model folder that :func:`load` reads anywhere; atomic.
 
     Towers of transformers are stored with their configuration and tokenizers with their vocabulary, so nothing else is
-    needed. A tower that is code stays a reference to it.
+    needed. A tower that is code stays a reference to it. Adapters that were merged are gone from the declaration too.
 
     Args:
         encoder: What to write; its name becomes the folder's model name.
@@ -326,22 +326,20 @@ def save_encoder(
     Raises:
         CheckpointError: The files cannot be written; what was there before is intact.
     """
+    config = replace(encoder.model.stored_config, tokenizer=encoder.tokenizer.to_dict())
+    adapted = [name for name in encoder.model.state_dict() if "lora_" in name]
+    if not any(name.startswith("visual.") for name in adapted):  # never adapted, or merged since
+        config = replace(config, image=replace(config.image, lora=None))
+    if all(name.startswith("visual.") for name in adapted):
+        config = replace(config, text=replace(config.text, lora=None))
     return native.save_model_dir(
         directory,
         encoder.model.state_dict(),
         name=encoder.name,
-        config=portable_config(encoder).to_dict(),
+        config=config.to_dict(),
         training=training,
         recipe=recipe,
     )
-
-
-def portable_config(encoder: Encoder) -> EncoderConfig:
-    """Return the encoder's declaration with everything in it that building it again needs."""
-    config, model = encoder.config, encoder.model
-    image = getattr(getattr(model.visual, "trunk", None), "stored", config.image)
-    text = getattr(getattr(model.text, "transformer", None), "stored", config.text)
-    return replace(config, image=image, text=text, tokenizer=encoder.tokenizer.to_dict())
 
 
 def create_model_and_transforms(

@@ -139,14 +139,14 @@ def read_model_dir(directory: str | Path) -> tuple[dict[str, Tensor], dict[str, 
             hint='to use it as a tower, name it in a recipe: `kind = "huggingface"`',
         )
     tensors = to_openai(read_weights(directory))
-    config = config_from_state_dict(tensors, activation="quick_gelu")
     vision, text = _part(stated, "vision_config"), _part(stated, "text_config")
-    config["image"] |= {
-        "activation": _activation(vision),
-        "heads": _integer(vision, "num_attention_heads", 12),
-        "ln_eps": _number(vision, "layer_norm_eps", 1e-5),
-    }
-    config["text"] |= {"activation": _activation(text), "heads": _integer(text, "num_attention_heads", 8)}
+    config = config_from_state_dict(
+        tensors,
+        activation=_activation(text),
+        image_heads=_integer(vision, "num_attention_heads", 12),
+        text_heads=_integer(text, "num_attention_heads", 8),
+    )
+    config["image"] |= {"activation": _activation(vision), "ln_eps": _number(vision, "layer_norm_eps", 1e-5)}
     if _number(text, "layer_norm_eps", 1e-5) != 1e-5:
         raise CheckpointError("the text tower's LayerNorm epsilon is not 1e-5, which chiasm's text tower has")
     processor = directory / "preprocessor_config.json"

@@ -44,19 +44,26 @@ def read_model_dir(directory: str | Path) -> tuple[dict[str, Tensor], dict[str, 
     tensors = tidy(read_weights(directory, WEIGHT_FILES))
     if not is_openai_layout(tensors):
         raise CheckpointError(f"the weights in `{directory.name}` are not those of a native CLIP of open_clip")
-    config = config_from_state_dict(tensors, activation="quick_gelu" if model.get("quick_gelu") else "gelu")
+    config = config_from_state_dict(
+        tensors,
+        activation="quick_gelu" if model.get("quick_gelu") else "gelu",
+        image_heads=_image_heads(tensors, vision.get("head_width", 64)),
+        text_heads=text["heads"] if isinstance(text.get("heads"), int) else None,
+    )
     image = config["image"]
-    head_width = vision.get("head_width", 64)
-    if not isinstance(head_width, int) or head_width < 1:
-        raise CheckpointError("`vision_cfg.head_width` must be a positive integer")
-    image["heads"] = (image["width"] if image["kind"] == "vit" else image["width"] * 32) // head_width
-    if isinstance(text.get("heads"), int):
-        config["text"]["heads"] = text["heads"]
     for name, ours in (("image_size", image["image_size"]), ("patch_size", image.get("patch_size"))):
         if ours is not None and vision.get(name, ours) not in (ours, [ours, ours]):
             raise CheckpointError(f"`vision_cfg.{name}` is {vision[name]}, the weights are for {ours}")
     config["preprocess"] = preprocess_of(stated.get("preprocess_cfg"), image["image_size"])
     return tensors, config
+
+
+def _image_heads(tensors: Mapping[str, Tensor], head_width: object) -> int:
+    if not isinstance(head_width, int) or head_width < 1:
+        raise CheckpointError("`vision_cfg.head_width` must be a positive integer")
+    is_vit = "visual.proj" in tensors
+    channels = tensors["visual.conv1.weight"].shape[0] if is_vit else 64 * tensors["visual.conv1.weight"].shape[0]
+    return int(channels) // head_width
 
 
 def preprocess_of(stated: object, image_size: int) -> dict[str, Any]:

@@ -55,12 +55,20 @@ def tidy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def config_from_state_dict(tensors: Mapping[str, Tensor], *, activation: str) -> dict[str, Any]:
+def config_from_state_dict(
+    tensors: Mapping[str, Tensor],
+    *,
+    activation: str,
+    image_heads: int | None = None,
+    text_heads: int | None = None,
+) -> dict[str, Any]:
     """Return the configuration of a CLIP in OpenAI's layout, read off its shapes.
 
     Args:
         tensors: What :func:`tidy` returned.
         activation: ``quick_gelu`` or ``gelu``; the shapes cannot tell.
+        image_heads: Attention heads where a folder states them; None: OpenAI's rule of 64 channels a head.
+        text_heads: The same for the text tower.
 
     Returns:
         A mapping for ``EncoderConfig.from_dict``, with CLIP's tokenizer and OpenAI's preprocessing.
@@ -69,8 +77,8 @@ def config_from_state_dict(tensors: Mapping[str, Tensor], *, activation: str) ->
         CheckpointError: A name is missing or a shape is impossible.
 
     References:
-        ``build_model`` in openai/CLIP, ``clip/model.py``. Deviation: widths that are no multiple of 64 are refused,
-        because their number of heads is unknown.
+        ``build_model`` in openai/CLIP, ``clip/model.py``. Deviation: unless the heads are given, widths that are no
+        multiple of 64 are refused.
     """
     tokens, text_width = _shape(tensors, "token_embedding.weight", 2)
     if tokens != CLIP_VOCABULARY:
@@ -78,10 +86,10 @@ def config_from_state_dict(tensors: Mapping[str, Tensor], *, activation: str) ->
     context, _ = _shape(tensors, "positional_embedding", 2)
     _, dim = _shape(tensors, "text_projection", 2)
     is_vit = "visual.proj" in tensors
-    image = _vit(tensors) if is_vit else _resnet(tensors)
+    image, channels = _vit(tensors) if is_vit else _resnet(tensors)
+    image["heads"] = image_heads or _heads(channels, "image")
     if is_vit:
         image["activation"] = activation
-    _check_heads(text_width, "text")
     config: dict[str, Any] = {
         "image": image,
         "text": {
@@ -90,7 +98,7 @@ def config_from_state_dict(tensors: Mapping[str, Tensor], *, activation: str) ->
             "vocab_size": tokens,
             "width": text_width,
             "layers": _blocks(tensors, "transformer.resblocks"),
-            "heads": text_width // 64,
+            "heads": text_heads or _heads(text_width, "text"),
             "mlp_ratio": _mlp_ratio(tensors, "transformer.resblocks.0", text_width),
             "activation": activation,
         },
@@ -103,41 +111,39 @@ def config_from_state_dict(tensors: Mapping[str, Tensor], *, activation: str) ->
     return config
 
 
-def _vit(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _vit(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], int]:
     width, _, patch, patch_columns = _shape(tensors, "visual.conv1.weight", 4)
     positions, _ = _shape(tensors, "visual.positional_embedding", 2)
     grid = math.isqrt(max(positions - 1, 0))
     if grid < 1 or grid**2 + 1 != positions or patch != patch_columns:
         raise CheckpointError(f"an image of {positions} positions and patches {patch}×{patch_columns} is not square")
-    _check_heads(width, "image")
-    return {
+    config = {
         "kind": "vit",
         "image_size": grid * patch,
         "width": width,
         "layers": _blocks(tensors, "visual.transformer.resblocks"),
-        "heads": width // 64,
         "patch_size": patch,
         "mlp_ratio": _mlp_ratio(tensors, "visual.transformer.resblocks.0", width),
         "pre_norm": "visual.ln_pre.weight" in tensors,
     }
+    return config, width
 
 
-def _resnet(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _resnet(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], int]:
     width = _shape(tensors, "visual.layer1.0.conv1.weight", 4)[0]
     positions, channels = _shape(tensors, "visual.attnpool.positional_embedding", 2)
     side = math.isqrt(max(positions - 1, 0))
     if side < 1 or side**2 + 1 != positions:
         raise CheckpointError(f"an attention pool of {positions} positions is not square")
     stages = [_blocks(tensors, f"visual.layer{i}") for i in range(1, 5) if f"visual.layer{i}.0.conv1.weight" in tensors]
-    _check_heads(channels, "image")
-    return {
+    config = {
         "kind": "resnet",
         "image_size": side * 4 * 2 ** (len(stages) - 1),
         "width": width,
         "layers": stages,
-        "heads": channels // 64,
         "pool": "attention",
     }
+    return config, channels
 
 
 def _blocks(tensors: Mapping[str, Tensor], prefix: str) -> int:
@@ -152,12 +158,13 @@ def _mlp_ratio(tensors: Mapping[str, Tensor], block: str, width: int) -> float:
     return _shape(tensors, f"{block}.mlp.c_fc.weight", 2)[0] / width
 
 
-def _check_heads(width: int, side: str) -> None:
+def _heads(width: int, side: str) -> int:
     if width % 64:
         raise CheckpointError(
             f"the {side} tower is {width} wide, no multiple of 64; its number of heads cannot be told from the weights",
             hint="load it from a model directory, which states the configuration",
         )
+    return width // 64
 
 
 def _shape(tensors: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:
