@@ -12,6 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chiasm.encoders.base import EncoderConfig, ImageTowerConfig, ProjectionConfig, TextTowerConfig
+from chiasm.encoders.build import build_encoder_model
 from chiasm.errors import CheckpointError, ConfigError, InputError, TrainingError
 from chiasm.io.manifest import read_jsonl
 from chiasm.train.checkpoint import read_position
@@ -19,6 +21,7 @@ from chiasm.train.contrastive import ContrastiveTask
 from chiasm.train.distributed import Group
 from chiasm.train.loop import Loop, Plan, ordered_batches
 from chiasm.train.recipe import LossConfig, OptimConfig, RunConfig, TrainConfig
+from chiasm.types import Preprocess
 
 
 def config(**kw):
@@ -91,6 +94,27 @@ def test_resume_is_bit_identical(tiny, colour_pairs, tmp_path, settings, stop):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
     steps = [r["step"] for r in read_jsonl(tmp_path / "cut" / "results.jsonl")]
     assert steps == list(range(1, len(steps) + 1)), "every step is logged once"
+
+
+def test_resume_keeps_the_layout_of_convolutions(colour_pairs, tmp_path):
+    """Fused AdamW walks parameter, gradient and state by address: states of another layout would be mixed up."""
+    towers = EncoderConfig(
+        ImageTowerConfig(kind="resnet", width=8, layers=(1, 1), heads=2, image_size=16),
+        TextTowerConfig(context_length=4, vocab_size=64, width=16, layers=1, heads=2), ProjectionConfig(dim=8),
+        tokenizer={"kind": "clip", "context_length": 4}, preprocess=Preprocess(size=16),
+    )  # fmt: skip
+
+    def make():
+        return build_encoder_model(towers, seed=0).to(memory_format=torch.channels_last)
+
+    source, settings = colour_pairs(32), config()
+    whole, cut = make(), make()
+    train(whole, source, tmp_path / "whole", settings)
+    with pytest.raises(Stop):
+        train(make(), source, tmp_path / "cut", settings, progress=Bell(4, Stop()))
+    train(cut, source, tmp_path / "cut", settings, resume=True)
+    assert same_weights(whole, cut)
+    assert all(a.stride() == b.stride() for a, b in zip(whole.parameters(), cut.parameters(), strict=True))
 
 
 def test_seeds_and_threads(tiny, colour_pairs, tmp_path):

@@ -83,17 +83,18 @@ def test_files_equal_the_transforms_whatever_the_threads(tmp_path):
 def test_unreadable_files_are_noted_once_and_left_out_or_fatal(tmp_path):
     pairs = table(tmp_path, broken=(2,))
     rejects = RejectLog()
-    files = FileImages(pairs.open, image_transform(SPEC), rejects=rejects)
+    files = FileImages(pairs.open, image_transform(SPEC), rejects=rejects, samples=pairs.samples)
     source = PairRows(files, TokenTable([t.variants for t in pairs.texts], ClipTokenizer(6)), pairs.keys("caption"))
     for _ in range(2):
         batch = source.batch(np.array([1, 2, 3]), np.random.default_rng(0))
         assert len(batch.pixels) == len(batch.tokens.ids) == 2
         assert batch.keys == ["text 1", "text 3"]
-    assert [r.row for r in rejects] == [2]
+    assert [(r.row, r.id) for r in rejects] == [(2, "row-2")]
+    assert "2.png" not in next(iter(rejects)).reason
     with pytest.raises(InputError, match="no image of a batch"):
         files(np.array([2]), None)
     strict = FileImages(pairs.open, image_transform(SPEC))
-    with pytest.raises(InputError, match="--resume"):
+    with pytest.raises(FileFormatError):
         strict(np.array([1, 2]), None)
 
 

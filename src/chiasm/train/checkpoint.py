@@ -199,17 +199,28 @@ def load_checkpoint(path: str | Path, model: nn.Module, *, optimizer: torch.opti
 def _optimizer_states(
     path: Path, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
 ) -> dict[int, dict[str, Tensor]]:
+    parameters = {n: p for g in optimizer.param_groups for n, p in zip(g["names"], g["params"], strict=True)}
+    names = list(parameters)
+    shapes = {n: p.shape for n, p in parameters.items()}
     found: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith("optim/"):
             name, _, slot = key.removeprefix("optim/").rpartition("/")
-            # Cloned: the reader maps the file, whose tensors may lie at any address; arithmetic may depend on it.
-            found.setdefault(name, {})[slot] = value.clone()
-    names = [n for g in optimizer.param_groups for n in g["names"]]
-    shapes = {n: p.shape for g in optimizer.param_groups for n, p in zip(g["names"], g["params"], strict=True)}
+            found.setdefault(name, {})[slot] = _laid_out(value, parameters.get(name))
     if found:  # a run that is at step 0 has no state yet
         _check_same(path, shapes, {n: s["exp_avg"].shape if "exp_avg" in s else None for n, s in found.items()})
     return {i: found[n] for i, n in enumerate(names) if n in found}
+
+
+def _laid_out(value: Tensor, parameter: Tensor | None) -> Tensor:
+    """Return a copy in memory of torch's own, in the layout of the parameter that it belongs to.
+
+    Fused AdamW walks parameter and state by address, so a channels-last filter needs channels-last states; and the file
+    is mapped at any address, on whose alignment vector arithmetic may depend.
+    """
+    if parameter is None or parameter.shape != value.shape:
+        return value.clone()
+    return torch.empty_like(parameter, dtype=value.dtype, device="cpu", requires_grad=False).copy_(value)
 
 
 def _check_same(path: Path, expected: Mapping[str, Any], got: Mapping[str, Any]) -> None:

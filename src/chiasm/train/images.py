@@ -58,7 +58,8 @@ def images_of(
         InputError: No image can be read, or one cannot and ``data.on_bad_row`` is ``fail``.
     """
     size, wanted = preprocess.size, data.in_memory
-    if table.arrays is not None and table.arrays.shape[1:3] == (size, size) and wanted != "never":
+    fitted = table.arrays is not None and table.arrays.shape[1:3] == (size, size) and not preprocess.cut_bottom
+    if table.arrays is not None and fitted and wanted != "never":
         return ArrayImages(table.arrays, BatchTransform(preprocess, augment)), table
     fits = len(table) * size * size * 3 <= MEMORY_BYTES
     if wanted == "always" or (wanted == "auto" and fits):
@@ -79,7 +80,9 @@ def file_images(
 ) -> FileImages:
     """Return what decodes rows when they are asked for, augmenting each image at its full resolution."""
     augmented = None if augment is None else augmentation(augment, preprocess)
-    return FileImages(table.open, image_transform(preprocess), augmented=augmented, rejects=rejects)
+    return FileImages(
+        table.open, image_transform(preprocess), augmented=augmented, rejects=rejects, samples=table.samples
+    )
 
 
 def readable(

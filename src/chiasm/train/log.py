@@ -94,7 +94,7 @@ class WandbSink:
             raise MissingExtra("wandb", "track") from error
         self._run: Any = wandb.init(
             project="chiasm", name=name, id=f"{name}-{config.get('digest', '')}", resume="allow", dir=str(folder),
-            config=dict(config),
+            config=dict(config), settings=wandb.Settings(silent=True),
         )  # fmt: skip
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:

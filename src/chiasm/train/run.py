@@ -284,7 +284,6 @@ class _RowsMaker:
         )  # fmt: skip
         return CachedImages(features), usable
 
-
     def _ways(self, variants: tuple[str, ...], train: bool) -> tuple[str, ...]:
         """Return the texts of one row; in training with parts of reports beside the whole."""
         data = self.recipe.data

@@ -15,11 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from chiasm.datasets.images import plain_reason
 from chiasm.errors import ChiasmError, InputError
 from chiasm.io.manifest import RejectLog
 from chiasm.train.augmentation import BatchTransform
 from chiasm.train.contrastive import Pairs
 from chiasm.train.texts import TokenTable
+from chiasm.types import Sample
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -70,6 +72,7 @@ class FileImages:
         plain: Image -> pixels (3, size, size).
         augmented: The same with a generator; None: never augment.
         rejects: Where rows that cannot be read are noted, which are then left out of their batch; None: they raise.
+        samples: Of the rows, for that note.
     """
 
     def __init__(
@@ -79,12 +82,14 @@ class FileImages:
         *,
         augmented: Callable[[Image, np.random.Generator], Tensor] | None = None,
         rejects: RejectLog | None = None,
+        samples: Sequence[Sample] = (),
         workers: int = 2,
     ) -> None:
         self.open_row = open_row
         self.plain = plain
         self.augmented = augmented
         self.rejects = rejects
+        self.samples = samples
         self._noted: set[int] = set()
         self._pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="chiasm-decode")
 
@@ -92,7 +97,8 @@ class FileImages:
         """Return the pixels of these rows.
 
         Raises:
-            InputError: An image that cannot be read, when ``rejects`` is None or no image of the batch is left.
+            ChiasmError: An image that cannot be read, when ``rejects`` is None.
+            InputError: No image of the batch is left.
         """
         generators = [None] * len(rows) if rng is None else rng.spawn(len(rows))
         made = list(self._pool.map(self._one, rows.tolist(), generators))
@@ -104,15 +110,13 @@ class FileImages:
     def _one(self, row: int, rng: np.random.Generator | None) -> Tensor | None:
         try:
             image = self.open_row(row)
-        except (ChiasmError, OSError) as error:
-            reason = (
-                error.message if isinstance(error, ChiasmError) else f"image cannot be read: {type(error).__name__}"
-            )
+        except ChiasmError as error:
             if self.rejects is None:
-                raise InputError(reason, hint="mend the file and go on with `--resume`") from error
+                raise
             if row not in self._noted:
                 self._noted.add(row)
-                self.rejects.add(row, "", reason)
+                sample = self.samples[row] if self.samples else Sample("")
+                self.rejects.add(row, sample.id, plain_reason(error, sample))
             return None
         return self.plain(image) if rng is None or self.augmented is None else self.augmented(image, rng)
 
