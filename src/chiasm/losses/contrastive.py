@@ -41,7 +41,7 @@ PAIRS_PER_ROW = 16
 """Up to this many positives a row on average, they are kept in a list; more are found again in each tile."""
 
 TILE_ROWS = 256
-TILE_LOGITS = 2**21
+TILE_LOGITS = 2**22
 
 Tile = int | Literal["auto"] | None
 
