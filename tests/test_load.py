@@ -442,8 +442,9 @@ def test_hostile_descriptions(tmp_path: Path) -> None:
     for change, message in refused:
         with pytest.raises(CheckpointError, match=message):
             with_config(**change)
-    with pytest.raises(ConfigError, match=r"no readable"):
-        with_config(text={**huge, "options": {}})
+    for options in ({}, {"config": "{"}, {"config": 3}):  # a name alone would be looked up on the hub
+        with pytest.raises(CheckpointError, match="without stating its configuration"):
+            with_config(text={**huge, "options": options})
 
 
 # open_clip's interface

@@ -216,7 +216,7 @@ def _filled(source: _Source, allow_code: bool) -> DualEncoder:
     A foreign tower is built on the CPU, since it may keep buffers that no file holds; its draws leave torch's global
     generator as it was.
     """
-    _check_size(source)
+    _check_declaration(source)
     device: Literal["cpu", "meta"] = "meta" if source.config.is_native else "cpu"
     try:
         model = build_encoder_model(source.config, seed=0, allow_code=allow_code, device=device)
@@ -237,19 +237,25 @@ def _filled(source: _Source, allow_code: bool) -> DualEncoder:
     return model
 
 
-def _check_size(source: _Source) -> None:
-    """Refuse a configuration that is far larger than the weights beside it, before time goes into building it."""
+def _check_declaration(source: _Source) -> None:
+    """Refuse a configuration that would fetch a tower, or that is far larger than the weights beside it."""
     count = len(source.tensors)
     elements = sum(t.numel() for t in source.tensors.values())
     layers: list[object] = [source.config.text.layers, source.config.image.layers]
-    for options in (source.config.image.options, source.config.text.options):
-        stated = options.get("config")
-        values = json.loads(stated) if isinstance(stated, str) else stated
-        if isinstance(values, Mapping):
-            layers.extend(v for k, v in values.items() if "layers" in k or k == "depths")
-            sizes = [v for k, v in values.items() if isinstance(v, int) and not k.endswith("_id")]
-            if max(sizes, default=0) > max(elements, 10_000):
-                raise CheckpointError(f"the model states sizes beyond the {elements:,} numbers in its weights")
+    for tower in (source.config.image, source.config.text):
+        if tower.kind != "huggingface":
+            continue
+        stated = tower.options.get("config")
+        try:
+            values = json.loads(stated) if isinstance(stated, str) else stated
+        except ValueError:
+            values = None
+        if not isinstance(values, Mapping):
+            raise CheckpointError("the model names a tower of transformers without stating its configuration")
+        layers.extend(v for k, v in values.items() if "layers" in k or k == "depths")
+        sizes = [v for k, v in values.items() if isinstance(v, int) and not k.endswith("_id")]
+        if max(sizes, default=0) > max(elements, 10_000):
+            raise CheckpointError(f"the model states sizes beyond the {elements:,} numbers in its weights")
     depths = [n for item in layers for n in (item if isinstance(item, (list, tuple)) else [item])]
     deepest = max((n for n in depths if isinstance(n, int)), default=0)
     if deepest > max(count, 100):

@@ -43,12 +43,12 @@ TEXTS: dict[str, dict[str, Any]] = {
 
 def image_config(kind: str, pool: str = "mean", **change: Any) -> ImageTowerConfig:
     options = {"config": {"model_type": kind, **IMAGES[kind]}}
-    return ImageTowerConfig(**{"kind": "huggingface", "source": kind, "image_size": 32, "pool": pool, "options": options} | change)  # fmt: skip  # noqa: E501
+    return ImageTowerConfig(**{"kind": "huggingface", "source": kind, "image_size": 32, "pool": pool, "options": options} | change)  # fmt: skip
 
 
 def text_config(kind: str, pool: str = "mean", **change: Any) -> TextTowerConfig:
     options = {"config": {"model_type": kind, **TEXTS[kind]}}
-    return TextTowerConfig(**{"kind": "huggingface", "source": kind, "context_length": 12, "pool": pool, "options": options} | change)  # fmt: skip  # noqa: E501
+    return TextTowerConfig(**{"kind": "huggingface", "source": kind, "context_length": 12, "pool": pool, "options": options} | change)  # fmt: skip
 
 
 def randomise(module: nn.Module) -> None:
@@ -276,3 +276,20 @@ def test_a_folder_without_all_weights_is_refused(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="1 are missing"):
         build_huggingface_text_tower(text_config("bert", source=str(tmp_path), options={}))
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation", "auto_map"])
+def test_code_named_in_a_configuration_is_not_fetched(tmp_path: Path, key: str) -> None:
+    """transformers takes ``attn_implementation = "org/kernel"`` as a request to download and run that kernel."""
+    from transformers import AutoConfig, BertModel
+
+    value: Any = {"AutoModel": "org/repo--code.Model"} if key == "auto_map" else "kernels-community/flash-attn"
+    options = {"config": {"model_type": "bert", **TEXTS["bert"], key: value}}
+    tower = build_huggingface_text_tower(text_config("bert", options=options))
+    assert tower.model.config._attn_implementation == "sdpa"
+    assert "kernels-community" not in json.dumps(dict(tower.stored.options))
+    BertModel(AutoConfig.for_model("bert", **TEXTS["bert"])).save_pretrained(tmp_path)
+    stated = json.loads((tmp_path / "config.json").read_text()) | {key: value}
+    (tmp_path / "config.json").write_text(json.dumps(stated))
+    tower = build_huggingface_text_tower(text_config("bert", source=str(tmp_path), options={}))
+    assert tower.model.config._attn_implementation == "sdpa"

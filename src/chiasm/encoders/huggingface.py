@@ -207,7 +207,7 @@ def _parsed_config(side: str, stated: object) -> Any:
 
     try:
         values: dict[str, Any] = dict(json.loads(stated)) if isinstance(stated, str) else dict(stated)  # type: ignore[call-overload]
-        return AutoConfig.for_model(values.pop("model_type"), **values)
+        return _without_kernels(AutoConfig.for_model(values.pop("model_type"), **values))
     except KeyError as error:
         raise ConfigError(f"`{side}.options.config` states no `model_type`") from error
     except _config_errors() as error:
@@ -222,7 +222,7 @@ def _pretrained(side: str, source: str, pooler: bool) -> nn.Module:
     offline = folder is not None or os.environ.get("HF_HUB_OFFLINE") == "1" or _is_cached(source)
     common = {"local_files_only": offline, "trust_remote_code": False}
     try:
-        config = AutoConfig.from_pretrained(name, **common)
+        config = _without_kernels(AutoConfig.from_pretrained(name, **common))
         if hasattr(config, "text_config") and hasattr(config, "vision_config"):
             raise ConfigError(
                 f"`{side}.source` is a whole {config.model_type} model, not a tower",
@@ -247,6 +247,14 @@ def _pretrained(side: str, source: str, pooler: bool) -> nn.Module:
             hint='where only the pooler is missing, choose another `pool` than `"none"`',
         )
     return model  # type: ignore[no-any-return]
+
+
+def _without_kernels(config: Any) -> Any:
+    """Let transformers choose its own attention: a configuration may name code on the hub, which would be run."""
+    config._attn_implementation = None
+    if hasattr(config, "_experts_implementation"):
+        config._experts_implementation = None
+    return config
 
 
 def _model_class(config: Any) -> Any:
