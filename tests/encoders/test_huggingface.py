@@ -293,3 +293,14 @@ def test_code_named_in_a_configuration_is_not_fetched(tmp_path: Path, key: str) 
     (tmp_path / "config.json").write_text(json.dumps(stated))
     tower = build_huggingface_text_tower(text_config("bert", source=str(tmp_path), options={}))
     assert tower.model.config._attn_implementation == "sdpa"
+
+
+def test_names_of_the_hub_are_looked_up_in_the_cache_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without chiasm's own offline switch; the hub client itself stays offline here, so nothing leaves the machine."""
+    from huggingface_hub import constants
+
+    assert constants.HF_HUB_OFFLINE  # set in tests/conftest.py
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    for name in ("nobody/no-such-model-here", "no such model", "bad//name"):
+        with pytest.raises(ConfigError, match=r"nor a name in the local cache|does not exist"):
+            build_huggingface_text_tower(text_config("bert", source=name, options={}))
