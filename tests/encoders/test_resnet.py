@@ -122,3 +122,28 @@ def test_checkpointing_is_refused_because_of_batch_statistics(tiny: Make) -> Non
 def test_wrong_shapes_are_refused(tiny: Make) -> None:
     with pytest.raises(InputError, match=r"expects \(batch, 3, 64, 64\)"):
         tiny(image=RESNET).visual(torch.zeros(2, 3, 32, 32))
+
+
+def test_positions_start_as_configured() -> None:
+    from dataclasses import replace
+
+    import pytest
+
+    from chiasm.encoders.base import EncoderConfig, ImageTowerConfig, ProjectionConfig, TextTowerConfig
+    from chiasm.encoders.build import build_encoder_model
+    from chiasm.errors import ConfigError
+    from chiasm.types import Preprocess
+
+    plain = EncoderConfig(
+        image=ImageTowerConfig(kind="resnet", image_size=64, width=16, layers=(1, 1, 1), heads=4),
+        text=TextTowerConfig(width=32, layers=1, heads=2),
+        projection=ProjectionConfig(dim=16),
+        preprocess=Preprocess(size=64),
+    )
+    strong = replace(plain, image=replace(plain.image, position_std=1.0))
+    states = [build_encoder_model(c, seed=0).state_dict() for c in (plain, strong)]
+    name = "visual.attnpool.positional_embedding"
+    assert 0.9 < float(states[1][name].std()) < 1.1
+    assert float(states[0][name].std()) == pytest.approx(256**-0.5, rel=0.1)
+    with pytest.raises(ConfigError, match=r"image\.position_std"):
+        ImageTowerConfig(kind="vit", position_std=1.0)

@@ -88,6 +88,9 @@ class ImageTowerConfig:
             for ``vit``, ``attention`` for ``resnet``, ``none`` otherwise.
         pre_norm: Whether the ViT has CLIP's LayerNorm before the first block (``ln_pre``).
         ln_eps: Epsilon of every LayerNorm of the ViT.
+        position_std: Standard deviation of the positions of a ResNet's attention pool at the start of training; None:
+            OpenAI's 1/sqrt(channels). With 1.0 the heads look at different places from the first step, which a small
+            model on little data needs to learn left from right (measured: docs/lab-notes.md, 2026-11-21).
         source: Foreign towers only: model directory or hub name, or ``package.module:factory``.
         options: Foreign towers only: passed to the builder (checked there).
         output_dim: Foreign towers only: the width that the tower must have, when it is worth stating; None: its own.
@@ -106,6 +109,7 @@ class ImageTowerConfig:
     pool: Literal["auto", "cls", "mean", "attention", "none"] = "auto"
     pre_norm: bool = True
     ln_eps: float = 1e-5
+    position_std: float | None = None
     source: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     output_dim: int | None = None
@@ -131,6 +135,13 @@ class ImageTowerConfig:
             self._check_resnet()
         else:
             _check(bool(self.source), "image.source", f"is missing for a `{self.kind}` tower")
+        if self.position_std is not None:
+            _check(self.position_std >= 0, "image.position_std", f"must not be negative, got {self.position_std}")
+            _check(
+                self.kind == "resnet" and self.pool == "attention",
+                "image.position_std",
+                "belongs to a `resnet` with an attention pool",
+            )
         if self.is_native:
             _check(self.source is None, "image.source", f"has no meaning for the native kind `{self.kind}`")
             _check(not self.options, "image.options", f"has no meaning for the native kind `{self.kind}`")

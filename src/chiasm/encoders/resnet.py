@@ -102,6 +102,7 @@ class ModifiedResNet(nn.Module):
         assert isinstance(config.layers, tuple)
         width = config.width
         self.image_size = config.image_size
+        self.position_std = config.position_std
         self.stages = len(config.layers)
         self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width // 2)
@@ -175,7 +176,8 @@ class ModifiedResNet(nn.Module):
         """Draw all weights by OpenAI's scheme.
 
         PyTorch's defaults, but the last batch norm of every block starts at zero (so blocks start as identities), the
-        attention pool's matrices are N(0, 1/channels) and its positions N(0, 1/channels).
+        attention pool's matrices are N(0, 1/channels) and its positions N(0, 1/channels), or of the configured
+        ``position_std``.
         """
         with torch.no_grad():
             for module in self.modules():
@@ -188,7 +190,8 @@ class ModifiedResNet(nn.Module):
                 std = 1 / math.sqrt(pool.c_proj.in_features)
                 for linear in (pool.q_proj, pool.k_proj, pool.v_proj, pool.c_proj):
                     linear.weight.normal_(std=std, generator=generator)
-                pool.positional_embedding.normal_(std=std, generator=generator)
+                places = std if self.position_std is None else self.position_std
+                pool.positional_embedding.normal_(std=places, generator=generator)
 
     def projection_parameters(self) -> list[nn.Parameter]:
         """Return what still trains when the tower is locked."""
