@@ -162,3 +162,33 @@ def test_an_unreadable_image_stops_the_cache(tmp_path):
     with pytest.raises(TrainingError, match="could not be read"):
         cache_image_features(model(), pixels, 18, folder=tmp_path, describes=0)
     assert not list(tmp_path.iterdir())
+
+
+class Trunk(torch.nn.Module):
+    """A foreign tower with batch statistics, which must stand still, and dropout, which must be off."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm2d(3)
+        self.dropout = torch.nn.Dropout(0.5)
+
+    def forward(self, pixels):
+        return self.dropout(self.norm(pixels)).mean(3).flatten(1)
+
+
+def test_a_foreign_tower_stands_still_while_its_features_are_made(tmp_path):
+    config = EncoderConfig(
+        ImageTowerConfig(kind="python", source=f"{__name__}:Trunk", image_size=16, freeze=True),
+        TextTowerConfig(context_length=12, width=16, layers=1, heads=2, freeze=True), ProjectionConfig(dim=8),
+        tokenizer={"kind": "clip", "context_length": 12}, preprocess=Preprocess(size=16),
+    )  # fmt: skip
+    dual = build_encoder_model(config, allow_code=True, seed=0)
+    assert locked_sides(dual) == (True, True)
+    before = {n: b.clone() for n, b in dual.visual.named_buffers()}
+    pixels = Pixels()
+    first = cache_image_features(dual, pixels, 18, folder=tmp_path, describes=0)
+    assert first.shape == (1, 18, 48)
+    assert all(torch.equal(b, before[n]) for n, b in dual.visual.named_buffers())
+    with torch.no_grad():
+        expected = dual.eval().encode_image(pixels.values)
+        assert torch.allclose(project_image(dual, torch.from_numpy(np.array(first[0]))), expected, atol=1e-5)

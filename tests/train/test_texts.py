@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from chiasm.data.tokenizers import ClipTokenizer
 from chiasm.errors import ConfigError
 from chiasm.train.recipe import DataConfig
-from chiasm.train.texts import MAX_VARIANTS, TokenTable, render_texts
+from chiasm.train.texts import MAX_VARIANTS, TokenTable, render_texts, sentence_views
 from chiasm.types import Sample
 
 
@@ -96,3 +100,24 @@ def test_token_table_draws_variants_and_is_steady_without_a_generator():
 
 def test_cut_texts_are_counted():
     assert TokenTable([["word " * 50], ["short"]], ClipTokenizer(8)).truncated == 1
+
+
+REPORT = "The heart is large. No effusion!  Is there a mass? Lungs are clear."
+
+
+@given(count=st.integers(0, 12), seed=st.integers(0, 50))
+def test_parts_of_reports_hold_whole_sentences_once(count, seed):
+    sentences = {"The heart is large.", "No effusion!", "Is there a mass?", "Lungs are clear."}
+    views = sentence_views(REPORT, count, seed=seed)
+    assert len(views) == len(set(views)) <= count
+    assert views == sentence_views(REPORT, count, seed=seed)
+    for view in views:
+        parts = re.split(r"(?<=[.!?])\s+", view)
+        assert len(set(parts)) == len(parts) >= 1
+        assert set(parts) <= sentences
+
+
+def test_one_sentence_has_no_parts():
+    assert sentence_views("A single sentence without end", 5, seed=0) == ()
+    assert sentence_views("", 5, seed=0) == ()
+    assert len({v for s in range(30) for v in sentence_views(REPORT, 3, seed=s)}) > 20
