@@ -177,7 +177,7 @@ def _search(parts: DemoParts) -> Section:
             "R@10": r.image_to_text.recall_at_10,
         },
     }
-    found = search(embed_texts(parts.encoder, list(QUERIES)), parts.images, 6)
+    found = search(embed_texts(parts.encoder, list(QUERIES)), parts.images, k=6)
     index = {name: i for i, name in enumerate(parts.images.ids)}
     gallery = []
     for query, answers in zip(QUERIES, found.to_records(), strict=True):
@@ -211,7 +211,8 @@ def _search(parts: DemoParts) -> Section:
             ),
             Gallery(
                 tuple(gallery),
-                "The six films nearest to each sentence. Green: the film has what the sentence says, on that side.",
+                size_px=118,
+                caption="The six films nearest to each sentence. Green: the film has what the sentence says, on that side.",
             ),
         ),
     )
