@@ -100,7 +100,7 @@ def _learning(parts: DemoParts) -> Section:
                 curves,
                 chance_loss=float(np.log(parts.results["training"]["batch_size"])),
             ),
-            "Contrastive loss of each batch, and recall at 10 on validation patients, by which the weights were chosen.",
+            "Contrastive loss of each batch, and recall at 10 on validation patients. The weights with the lowest loss on validation patients are kept; the films below were not among them.",
         ),
         Figure(
             similarity_matrix(cosines),

@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 INK, SOFT, LINE = "#16202b", "#566575", "#dbe2e8"
 ACCENT, WARM = "#0f6c81", "#b4562c"
 #: Okabe–Ito, told apart by colour-blind readers; grey last, for "none".
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7b5ea7", "#8a8f94")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7b5ea7", "#882255", "#117733", "#8a8f94")
+
+GREYS = {"several findings": "#c9ced3"}
+#: Groups that are drawn in grey, last.
+QUIET = ("none", "no finding", "several findings")
 
 _STYLE: dict[str, Any] = {
     "svg.hashsalt": "chiasm",
@@ -166,11 +170,10 @@ def point_map(
 
     def paint(figure: MatplotlibFigure) -> None:
         axes: Axes = figure.subplots()
-        names = sorted(set(groups), key=lambda g: (g in ("none", "no finding"), g))
+        names = sorted(set(groups), key=lambda g: (g in QUIET, g))
         marks = dict(zip(dict.fromkeys(shapes or ()), ("o", "^", "s"), strict=False))
         colour = {
-            g: COLOURS[-1] if g in ("none", "no finding") else COLOURS[i % (len(COLOURS) - 1)]
-            for i, g in enumerate(names)
+            g: GREYS.get(g, COLOURS[-1]) if g in QUIET else COLOURS[i % (len(COLOURS) - 1)] for i, g in enumerate(names)
         }
         array = np.asarray(groups, dtype=object)
         shape_array = np.asarray(shapes if shapes is not None else [""] * len(array), dtype=object)
@@ -193,7 +196,7 @@ def point_map(
         axes.grid(visible=False)
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9, title=legend or None, markerscale=1.4)
 
-    return _draw(6.4, 4.2, paint)
+    return _draw(9.6, 4.8, paint)
 
 
 def grouped_bars(values: Mapping[str, Mapping[str, Interval]], *, ylabel: str) -> str:
