@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chiasm.errors import MissingExtra
@@ -46,6 +46,7 @@ def test_lines_are_json_also_for_numbers_that_json_lacks(tmp_path):
     assert json.loads(line) == {"kind": "train", "step": 1, "loss": None, "lr": 1e-3}
 
 
+@settings(deadline=None, max_examples=30)
 @given(steps=st.lists(st.integers(1, 9), max_size=12), after=st.integers(0, 10), torn=st.booleans())
 def test_resuming_drops_the_lines_of_later_steps_only(tmp_path_factory, steps, after, torn):
     folder = tmp_path_factory.mktemp("log")

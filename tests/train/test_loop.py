@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from chiasm.encoders.base import EncoderConfig, ImageTowerConfig, ProjectionConfig, TextTowerConfig
@@ -227,6 +228,7 @@ def test_too_few_rows(tiny, colour_pairs, tmp_path):
         train(tiny(), colour_pairs(1), tmp_path, config())
 
 
+@hypothesis_settings(deadline=None)
 @given(rows=st.integers(2, 60), batch=st.integers(2, 30), start=st.integers(0, 12), seed=st.integers(0, 3))
 def test_batches_depend_on_their_number_only(rows, batch, start, seed):
     class Rows:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -87,6 +87,7 @@ def test_nothing_to_train_is_an_error():
         make_optimizer(model, OptimConfig())
 
 
+@settings(deadline=None)
 @given(
     total=st.integers(1, 400),
     fraction=st.floats(0, 1),
