@@ -94,7 +94,7 @@ def test_gradient_methods_run_and_repeat(random_tower: Make, as_encoder: Make) -
         first = randomisation_check(encoder, pictures(3), ["a", "b", ["a", "c"]], batch_size=2)
         again = randomisation_check(encoder, pictures(3), ["a", "b", ["a", "c"]], batch_size=2)
         assert first == again
-        assert first.method == {"vit": "attention", "resnet": "grad_cam"}[kind]
+        assert first.method == {"vit": "attention", "resnet": "layer_cam"}[kind]
 
 
 def test_refusals(random_tower: Make, as_encoder: Make) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from chiasm.encoders.dual import ProjectedImageTower
 from chiasm.errors import InputError
-from chiasm.explain.gradients import attention_relevance, grad_cam
+from chiasm.explain.gradients import attention_relevance, grad_cam, layer_cam
 from chiasm.explain.methods import METHODS
 from chiasm.explain.occlusion import occlusion_maps
 from chiasm.explain.similarity import patch_text_maps, patch_vectors
@@ -88,6 +88,25 @@ def test_grad_cam_with_attention_pooling_follows_the_text(random_tower: Make) ->
     assert float(grad_cam(visual, pixels, embedded).abs().max()) < 1e-5  # the cosine is 1: nothing can raise it
 
 
+def test_layer_cam_weighs_every_place_by_its_own_gradient(random_tower: Make) -> None:
+    """With mean pooling the gradient is the same everywhere, so LayerCAM is the closed form with weights cut at zero."""
+    visual = random_tower(kind="resnet", pool="mean").visual
+    pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    directions = F.normalize(torch.randn(2, 16, generator=torch.Generator().manual_seed(1)), dim=-1)
+    with torch.no_grad():
+        features = visual.forward_features(pixels)
+        embedded = visual.pool(features)
+        unit = F.normalize(embedded, dim=-1)
+        pull = (directions - (directions * unit).sum(-1, keepdim=True) * unit) / embedded.norm(dim=-1, keepdim=True)
+        weights = (pull @ visual.fc.weight).relu() / (features.shape[2] * features.shape[3])
+        expected = (weights[:, :, None, None] * features).sum(1)
+    torch.testing.assert_close(layer_cam(visual, pixels, directions), expected, rtol=1e-4, atol=1e-7)
+    attentive = random_tower(kind="resnet").visual
+    assert not torch.allclose(layer_cam(attentive, pixels, directions), grad_cam(attentive, pixels, directions))
+    with pytest.raises(InputError, match="`resnet` tower"):
+        layer_cam(random_tower().visual, pixels[..., :32, :32], directions)
+
+
 def test_occlusion_finds_the_half_that_counts(bright: type[nn.Module]) -> None:
     pixels = torch.full((2, 3, 32, 32), 0.2)
     pixels[0, :, :8, :8] = 1
@@ -118,7 +137,9 @@ def test_occlusion_equals_covering_by_hand(random_tower: Make) -> None:
     assert float(found[0, 1, 0]) == pytest.approx(cosines[0] - cosines[1], abs=1e-6)
 
 
-@pytest.mark.parametrize(("method", "kind"), [("attention", "vit"), ("grad_cam", "resnet"), ("similarity", "vit")])
+@pytest.mark.parametrize(
+    ("method", "kind"), [("attention", "vit"), ("grad_cam", "resnet"), ("layer_cam", "resnet"), ("similarity", "vit")]
+)
 def test_nothing_of_the_model_changes(random_tower: Make, method: str, kind: str) -> None:
     model = random_tower(kind=kind)
     names = [n for n, _ in model.named_parameters()]
@@ -150,7 +171,7 @@ def test_nothing_of_the_model_changes(random_tower: Make, method: str, kind: str
 
 
 def test_a_locked_tower_can_be_explained(random_tower: Make) -> None:
-    for kind, method in (("vit", attention_relevance), ("resnet", grad_cam)):
+    for kind, method in (("vit", attention_relevance), ("resnet", grad_cam), ("resnet", layer_cam)):
         model = random_tower(kind=kind)
         size = model.visual.image_size
         pixels = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
@@ -160,7 +181,7 @@ def test_a_locked_tower_can_be_explained(random_tower: Make) -> None:
 
 
 def test_images_of_a_batch_do_not_see_each_other(random_tower: Make) -> None:
-    for kind, method in (("vit", "attention"), ("resnet", "grad_cam"), ("vit", "similarity")):
+    for kind, method in (("vit", "attention"), ("resnet", "grad_cam"), ("resnet", "layer_cam"), ("vit", "similarity")):
         visual = random_tower(kind=kind).visual
         pixels = torch.rand(3, 3, visual.image_size, visual.image_size, generator=torch.Generator().manual_seed(0))
         directions = F.normalize(torch.randn(3, 16, generator=torch.Generator().manual_seed(1)), dim=-1)
@@ -174,7 +195,7 @@ def test_methods_go_with_towers(random_tower: Make, bright: type[nn.Module]) -> 
     foreign = ProjectedImageTower(bright(), nn.Identity(), 16)
     behind = ProjectedImageTower(random_tower(pool="mean").visual, nn.Linear(16, 16), 16)
     assert natural_method(vit) == "attention"
-    assert natural_method(resnet) == "grad_cam"
+    assert natural_method(resnet) == "layer_cam"
     assert natural_method(foreign) == "occlusion"
     assert natural_method(behind) == "attention"
     pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -189,7 +210,7 @@ def test_methods_go_with_towers(random_tower: Make, bright: type[nn.Module]) -> 
 
 
 def test_half_precision(random_tower: Make) -> None:
-    for kind, method in (("vit", "attention"), ("resnet", "grad_cam"), ("vit", "similarity")):
+    for kind, method in (("vit", "attention"), ("resnet", "grad_cam"), ("resnet", "layer_cam"), ("vit", "similarity")):
         visual = random_tower(kind=kind).visual
         pixels = torch.rand(1, 3, visual.image_size, visual.image_size, generator=torch.Generator().manual_seed(0))
         full = METHODS[method](visual, pixels, torch.eye(16)[:1])

@@ -1,4 +1,4 @@
-"""Maps from gradients of the image–text cosine: Grad-CAM for CLIP's ResNet, weighted attention for its ViT.
+"""Maps from gradients of the image–text cosine: Grad-CAM and LayerCAM for CLIP's ResNet, weighted attention for its ViT.
 
 Gradients are taken with respect to one inner tensor only, so parameters keep their ``grad`` and ``requires_grad``, and
 locked towers are explained like any other. Callers may be in ``no_grad`` or ``inference_mode``.
@@ -33,9 +33,38 @@ def grad_cam(visual: nn.Module, pixels: Tensor, directions: Tensor) -> Tensor:
         Selvaraju et al. 2017, equations 1 and 2, https://arxiv.org/abs/1610.02391. Deviation: the target is the cosine
         with a text, not the score of a class.
     """
+    features, gradient = _last_stage(visual, pixels, directions)
+    weights = gradient.mean((2, 3), keepdim=True)
+    return (weights * features).sum(1).relu().float()
+
+
+def layer_cam(visual: nn.Module, pixels: Tensor, directions: Tensor) -> Tensor:
+    """Return LayerCAM of the last stage for the image–text cosine: (batch, rows, columns), not negative.
+
+    Each value of the last feature map is weighted by its own gradient, cut at zero. Grad-CAM gives one weight to a whole
+    channel, which suits average pooling; under CLIP's attention pooling the gradient differs from place to place.
+
+    Args:
+        visual: Image tower in eval mode, with CLIP's ResNet in it.
+        pixels: (batch, 3, size, size).
+        directions: (batch, dim), one a picture.
+
+    Raises:
+        InputError: When the tower is no CLIP ResNet.
+
+    References:
+        Jiang et al. 2021, "LayerCAM", equations 5 and 6, https://doi.org/10.1109/TIP.2021.3089943. Deviations: the
+        target is a cosine; one stage is drawn, and earlier ones are not fused with it.
+    """
+    features, gradient = _last_stage(visual, pixels, directions)
+    return (gradient.relu() * features).sum(1).relu().float()
+
+
+def _last_stage(visual: nn.Module, pixels: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the last feature map and the gradient of the image–text cosine with respect to it."""
     trunk = trunk_of(visual)
     if not isinstance(trunk, ModifiedResNet):
-        raise InputError("Grad-CAM needs the feature map of a `resnet` tower", hint="use `method='auto'`")
+        raise InputError("class activation maps need the feature map of a `resnet` tower", hint="use `method='auto'`")
     with torch.inference_mode(False):
         with torch.no_grad():
             features = trunk.forward_features(pixels.clone())
@@ -43,8 +72,7 @@ def grad_cam(visual: nn.Module, pixels: Tensor, directions: Tensor) -> Tensor:
         with torch.enable_grad():
             target = scores(project(visual, trunk.pool(features)), directions.clone()).sum()
             (gradient,) = torch.autograd.grad(target, features)
-        weights = gradient.mean((2, 3), keepdim=True)
-        return (weights * features.detach()).sum(1).relu().float()
+        return features.detach(), gradient
 
 
 def attention_relevance(visual: nn.Module, pixels: Tensor, directions: Tensor) -> Tensor:

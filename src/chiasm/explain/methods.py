@@ -4,6 +4,7 @@
 method                  towers                                 source
 ======================  =====================================  ==========================================
 ``attention``           CLIP's ViT                             Chefer, Gur and Wolf 2021
+``layer_cam``           CLIP's ResNet                          Jiang et al. 2021
 ``grad_cam``            CLIP's ResNet                          Selvaraju et al. 2017
 ``similarity``          all that give patch vectors            Zhou et al. 2022 (MaskCLIP)
 ``occlusion``           all                                    Zeiler and Fergus 2014
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from chiasm.errors import InputError, UnknownName
-from chiasm.explain.gradients import attention_relevance, grad_cam
+from chiasm.explain.gradients import attention_relevance, grad_cam, layer_cam
 from chiasm.explain.heatmap import HeatMap, model_view
 from chiasm.explain.occlusion import occlusion_maps
 from chiasm.explain.similarity import patch_text_maps
@@ -36,11 +37,12 @@ if TYPE_CHECKING:
 
     from chiasm.encoders.base import Encoder
 
-MethodName = Literal["auto", "attention", "grad_cam", "similarity", "occlusion"]
+MethodName = Literal["auto", "attention", "layer_cam", "grad_cam", "similarity", "occlusion"]
 MapFunction = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 METHODS: dict[str, MapFunction] = {
     "attention": attention_relevance,
+    "layer_cam": layer_cam,
     "grad_cam": grad_cam,
     "similarity": patch_text_maps,
     "occlusion": occlusion_maps,

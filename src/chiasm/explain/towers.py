@@ -63,7 +63,7 @@ def natural_method(visual: nn.Module) -> str:
     """Return the method that suits a tower."""
     trunk = trunk_of(visual)
     if isinstance(trunk, ModifiedResNet):
-        return "grad_cam"
+        return "layer_cam"
     if isinstance(trunk, VisionTransformer):
         return "attention"
     return "similarity" if has_patches(visual) else "occlusion"
