@@ -182,3 +182,37 @@ def test_rows_do_not_see_each_other(make: Make, embedder: Make, order: list[int]
     part = classify(images.select(order), classifier, mode="multi")
     np.testing.assert_allclose(part.probabilities, whole.probabilities[order], rtol=1e-4)
     assert part.ids == tuple(whole.ids[k] for k in order)
+
+
+def test_ways_that_exclude_each_other_are_not_averaged_away() -> None:
+    """Left and right point in opposite directions: their mean says nothing, their log-mean-exp says "one of them"."""
+    import numpy as np
+
+    from chiasm.tasks.prompt_files import parse_prompts
+    from chiasm.tasks.zero_shot import build_classifier, classify
+    from chiasm.types import Embeddings, Space
+
+    space = Space("toy", "a", "b", 3)
+    directions = {"left": (1.0, 0.1, 0.0), "right": (-1.0, 0.1, 0.0), "none": (0.0, 0.0, 1.0)}
+
+    def embed(texts: list[str]) -> Embeddings:
+        rows = [directions[t.split()[0]] for t in texts]
+        return Embeddings(np.array(rows), tuple(texts), space, "text", normalized=False, logit_scale=20.0)
+
+    images = Embeddings(
+        np.array([(1.0, 0, 0.2), (-1.0, 0, 0.2), (0, 0, 1.0)]), ("l", "r", "n"), space, "image", normalized=False
+    )
+    forms = {"any_of": [["left effusion"], ["right effusion"]], "negative": ["none"]}
+    prompts = parse_prompts({"labels": {"effusion": forms}})
+    assert parse_prompts(prompts.to_dict()) == prompts
+    logits = classify(images, build_classifier(prompts, embed), mode="multi").logits[:, 0]
+    assert min(logits[0], logits[1]) > logits[2] + 10
+    flat = parse_prompts(
+        {"labels": {"effusion": {"positive": ["left effusion", "right effusion"], "negative": ["none"]}}}
+    )
+    averaged = classify(images, build_classifier(flat, embed), mode="multi").logits[:, 0]
+    assert min(averaged[:2]) < min(logits[:2]) - 5
+    one = parse_prompts({"labels": {"effusion": {"any_of": [["left effusion"]], "negative": ["none"]}}})
+    same = parse_prompts({"labels": {"effusion": {"positive": ["left effusion"], "negative": ["none"]}}})
+    a, b = (classify(images, build_classifier(p, embed), mode="multi").logits for p in (one, same))
+    np.testing.assert_allclose(a, b, rtol=1e-5)

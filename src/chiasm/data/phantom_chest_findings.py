@@ -45,10 +45,10 @@ SEVERITIES = ("mild", "moderate", "severe")
 # Range of ``Finding.extent`` for each severity: ratio, height, gap, radius or strength (body units).
 EXTENTS = {
     "cardiomegaly": ((0.555, 0.59), (0.60, 0.65), (0.66, 0.72)),
-    "effusion": ((0.085, 0.125), (0.16, 0.25), (0.30, 0.42)),
+    "effusion": ((0.115, 0.150), (0.18, 0.26), (0.30, 0.42)),
     "pneumothorax": ((0.045, 0.060), (0.075, 0.105), (0.125, 0.175)),
-    "consolidation": ((0.075, 0.090), (0.095, 0.120), (0.125, 0.155)),
-    "nodule": ((0.023, 0.029), (0.030, 0.038), (0.039, 0.047)),
+    "consolidation": ((0.085, 0.100), (0.105, 0.130), (0.135, 0.165)),
+    "nodule": ((0.032, 0.038), (0.039, 0.048), (0.049, 0.060)),
     "oedema": ((0.38, 0.50), (0.55, 0.72), (0.78, 0.95)),
 }
 # Height of the zones, as fractions of the lung from apex to dome.
@@ -269,7 +269,7 @@ def _draw_nodule(film: Film, finding: Finding, side: str) -> Field:
     shadow = ball * (f32(0.65) + f32(0.35) * np.sqrt(np.clip(f32(1) - away, 0, 1)))
     if finding.kind == "cavitating":
         shadow = shadow * (f32(1) - f32(0.85) * soft_step(f32(0.30) - away, 0.18))
-    film.added += f32({"calcified": 0.50, "cavitating": 0.44}.get(finding.kind, 0.40)) * shadow
+    film.added += f32({"calcified": 0.50, "cavitating": 0.50}.get(finding.kind, 0.48)) * shadow
     return ball
 
 
@@ -305,7 +305,7 @@ def _draw_device(film: Film, finding: Finding) -> np.ndarray[tuple[int, ...], np
     wires, metal = Strokes(film.size_px), Strokes(film.size_px)
     if finding.kind == "pacemaker":
         centre = np.array([s * rng.uniform(0.225, 0.265), rng.uniform(0.225, 0.265)])
-        tilt, w, h = s * rng.uniform(-0.1, 0.5), 0.041, 0.036
+        tilt, w, h = s * rng.uniform(-0.1, 0.5), 0.048, 0.042
         turn = np.linspace(0, 2 * np.pi, 28, endpoint=False)
         # A superellipse is a box with round corners.
         outline = np.stack(
@@ -324,7 +324,7 @@ def _draw_device(film: Film, finding: Finding) -> np.ndarray[tuple[int, ...], np
             knots = [out, (s * 0.155, 0.175), (s * 0.07, 0.205), vein, atrium, *tip]
             points = smooth_curve([(x + dx, y + dy) for (x, y), (dx, dy) in zip(knots, jitter, strict=False)])
             points[0] = out
-            wires.line(view.to_image(points), 0.0095, 0.85)
+            wires.line(view.to_image(points), 0.0120, 0.95)
             wires.disc(tuple(view.to_image(points[-1:])[0]), 0.008, 1.0)
     else:
         top = [(s * 0.105, -0.03), (s * 0.085, 0.10), (s * 0.055, 0.20)]
@@ -332,10 +332,10 @@ def _draw_device(film: Film, finding: Finding) -> np.ndarray[tuple[int, ...], np
             top = [(s * 0.43, 0.24), (s * 0.31, 0.175), (s * 0.19, 0.165), (s * 0.075, 0.205)]
         knots = [*top, vein, (-0.050, float(rng.uniform(0.37, 0.43)))]
         points = smooth_curve([(x + dx, y + dy) for (x, y), (dx, dy) in zip(knots, jitter, strict=False)])
-        wires.line(view.to_image(points), 0.0115, 1.0)
+        wires.line(view.to_image(points), 0.0150, 1.0)
         wires.disc(tuple(view.to_image(points[:1])[0]), 0.014, 1.0)
     thin, thick = wires.field(), metal.field()
-    film.added += f32(0.42) * thin * (f32(1) - thick) + f32(0.62) * thick
+    film.added += f32(0.52) * thin * (f32(1) - thick) + f32(0.62) * thick
     return (thin > 0.3) | (thick > 0.5)
 
 

@@ -146,8 +146,7 @@ def _draw_test_set(folder: Path, seed: int, settings: DemoSettings, recipe: Reci
     )
     shutil.rmtree(folder / "data", ignore_errors=True)
     test.save(folder / "data")
-    prompts = {name: dict(test.prompts[name]) for name in test.findings}
-    write_json_atomic(folder / "data" / "prompts.json", {"labels": prompts})
+    write_json_atomic(folder / "data" / "prompts.json", {"labels": _finding_prompts(test)})
     return test
 
 
@@ -171,7 +170,7 @@ def _evaluate(
     embed = partial(embed_texts, encoder)
     n_resamples = settings.n_resamples
 
-    findings = parse_prompts({"labels": {n: test.prompts[n] for n in test.findings}})
+    findings = parse_prompts({"labels": _finding_prompts(test)})
     result = classify(images, build_classifier(findings, embed), mode="multi")
     truth = {n: tuple(s.labels[n] for s in test.samples) for n in test.findings}
     scores = score_zero_shot(result, truth, n_resamples=n_resamples, seed=seed)
@@ -199,6 +198,20 @@ def _evaluate(
     return DemoParts(
         encoder, trained, test, images, reports, result, scores, laterality, retrieval, pointing, maps, results
     )  # fmt: skip
+
+
+def _finding_prompts(test: PhantomSet) -> dict[str, dict[str, Any]]:
+    """Return the prompts of each finding; one that has a side is true on the left, on the right or on both sides."""
+    prompts: dict[str, dict[str, Any]] = {}
+    for name in test.findings:
+        positive, negative = list(test.prompts[name]["positive"]), list(test.prompts[name]["negative"])
+        sides = [[t for t in positive if side in t.lower()] for side in ("left", "right", "bilateral")]
+        ways = [way for way in sides if way]
+        is_sided = f"{name}_left" in test.laterality and sum(map(len, ways)) == len(positive)
+        prompts[name] = (
+            {"any_of": ways, "negative": negative} if is_sided else {"positive": positive, "negative": negative}
+        )
+    return prompts
 
 
 def _side_truth(test: PhantomSet) -> dict[str, tuple[LabelValue, ...]]:

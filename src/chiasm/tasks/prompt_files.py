@@ -178,13 +178,16 @@ def _from_labels(value: Mapping[str, Any], templates: tuple[str, ...]) -> Prompt
     labels = []
     for name, prompts in value.items():
         if isinstance(prompts, Mapping):
-            unknown = set(prompts) - {"positive", "negative"}
-            if unknown or "positive" not in prompts:
+            unknown = set(prompts) - {"positive", "negative", "any_of"}
+            if unknown or ("positive" in prompts) == ("any_of" in prompts):
                 raise InputError(
-                    f"label `{name}` must have `positive` and may have `negative` prompts, got {sorted(prompts)}"
+                    f"label `{name}` must have `positive` prompts (or `any_of`, a list of lists of them) and may have "
+                    f"`negative` ones, got {sorted(prompts)}"
                 )
             negative = _texts(prompts["negative"], name) if prompts.get("negative") else ()
-            labels.append(LabelPrompts(str(name), _texts(prompts["positive"], name), negative))
+            ways = tuple(_texts(way, name) for way in prompts.get("any_of", ()))
+            positive = tuple(_distinct([t for way in ways for t in way])) or _texts(prompts.get("positive"), name)
+            labels.append(LabelPrompts(str(name), positive, negative, ways))
         else:
             labels.append(LabelPrompts(str(name), _texts(prompts, str(name))))
     return PromptSet(tuple(labels), templates)

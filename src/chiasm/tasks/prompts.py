@@ -76,11 +76,15 @@ class LabelPrompts:
         name: The label, as it appears in results and in the truth column.
         positive: Texts that say the label is true; their embeddings are averaged.
         negative: Texts that say it is false; empty unless the label is one of a multi-label set.
+        any_of: Ways in which the label can be true that exclude each other (on the left, on the right), each an
+            ensemble of its own; together they are ``positive``. Their directions differ, so an average of them points
+            nowhere; an image is scored by the log-mean-exp of its logits with the ways. Empty: one ensemble.
     """
 
     name: str
     positive: tuple[str, ...]
     negative: tuple[str, ...] = ()
+    any_of: tuple[tuple[str, ...], ...] = ()
 
 
 def fill(template: str, name: str) -> str:
@@ -264,7 +268,10 @@ class PromptSet:
         """Return chiasm's own JSON form, which ``prompt_files.parse_prompts`` reads back."""
         labels: dict[str, Any] = {}
         for label in self.labels:
-            labels[label.name] = {"positive": list(label.positive)}
+            if label.any_of:
+                labels[label.name] = {"any_of": [list(way) for way in label.any_of]}
+            else:
+                labels[label.name] = {"positive": list(label.positive)}
             if label.negative:
                 labels[label.name]["negative"] = list(label.negative)
         return {"labels": labels, "templates": list(self.templates)}

@@ -17,7 +17,7 @@ so every AUROC, is the same.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chiasm.errors import InputError, SpaceMismatch, UnknownName
-from chiasm.tasks.prompts import PromptSet
+from chiasm.tasks.prompts import LabelPrompts, PromptSet
 from chiasm.types import Embeddings, Space
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ class TextClassifier:
         space: Where the vectors live.
         logit_scale: Of the model, None when it has none.
         logit_bias: Of the model, None when it has none.
+        ways: Per label, unit rows for the ways in which it can be true, or None where it is one ensemble.
     """
 
     prompts: PromptSet
@@ -59,6 +60,7 @@ class TextClassifier:
     space: Space
     logit_scale: float | None = None
     logit_bias: float | None = None
+    ways: tuple[NDArray[np.float32] | None, ...] = ()
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -112,15 +114,21 @@ def build_classifier(prompts: PromptSet, embed_text: Callable[[list[str]], Embed
     unit = unit_vectors(embedded, "prompt").astype(np.float64)
     row = {text: k for k, text in enumerate(texts)}
 
+    def direction(ensemble: Sequence[str], what: str) -> NDArray[np.float64]:
+        mean = unit[[row[t] for t in ensemble]].mean(axis=0)
+        norm = float(np.linalg.norm(mean))
+        if norm < 1e-6:
+            raise InputError(f"the {what} cancel each other out")
+        averaged: NDArray[np.float64] = mean / norm
+        return averaged
+
     def directions(side: str) -> NDArray[np.float32]:
-        rows = []
-        for label in prompts.labels:
-            mean = unit[[row[t] for t in getattr(label, side)]].mean(axis=0)
-            norm = float(np.linalg.norm(mean))
-            if norm < 1e-6:
-                raise InputError(f"the {side} prompts of label `{label.name}` cancel each other out")
-            rows.append(mean / norm)
+        rows = [direction(getattr(label, side), f"{side} prompts of label `{label.name}`") for label in prompts.labels]
         return np.asarray(rows, dtype=np.float32)
+
+    def ways_of(label: LabelPrompts) -> NDArray[np.float32] | None:
+        rows = [direction(way, f"prompts of one way of label `{label.name}`") for way in label.any_of]
+        return np.asarray(rows, dtype=np.float32) if rows else None
 
     return TextClassifier(
         prompts,
@@ -129,6 +137,7 @@ def build_classifier(prompts: PromptSet, embed_text: Callable[[list[str]], Embed
         embedded.space,
         embedded.logit_scale,
         embedded.logit_bias,
+        tuple(ways_of(label) for label in prompts.labels),
     )
 
 
@@ -282,7 +291,7 @@ def classify(
     scale, source = choose_logit_scale(images.logit_scale, classifier.logit_scale, logit_scale)
     bias = classifier.logit_bias if classifier.logit_bias is not None else images.logit_bias
     vectors = unit_vectors(images, "image")
-    cosines = vectors @ classifier.positive.T
+    cosines = _positive_cosines(vectors, classifier, scale)
     logits = scale * cosines.astype(np.float64) + (bias or 0.0)
     negative_cosines = None
     activation: Activation = "softmax"
@@ -319,6 +328,17 @@ def classify(
         classifier.prompts,
         images.paths,
     )
+
+
+def _positive_cosines(vectors: NDArray[np.float32], classifier: TextClassifier, scale: float) -> NDArray[np.float32]:
+    """Return cosines with the positive directions; over several ways the log-mean-exp at the logit scale."""
+    cosines = vectors @ classifier.positive.T
+    for column, ways in enumerate(classifier.ways):
+        if ways is not None:
+            logits = scale * (vectors @ ways.T).astype(np.float64)
+            peak = logits.max(axis=1, keepdims=True)
+            cosines[:, column] = (peak[:, 0] + np.log(np.exp(logits - peak).mean(axis=1))) / scale
+    return cosines
 
 
 def choose_logit_scale(
