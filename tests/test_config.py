@@ -39,7 +39,9 @@ class Recipe:
 
 
 def test_round_trip_through_toml(tmp_path: Path) -> None:
-    recipe = Recipe("a", Optim(lr=1e-4, steps=3), tags=("x", "ü\n"), labels={"no finding": ("a", "b")}, options={"k": {"d": 1}})
+    recipe = Recipe(
+        "a", Optim(lr=1e-4, steps=3), tags=("x", "ü\n"), labels={"no finding": ("a", "b")}, options={"k": {"d": 1}}
+    )
     path = tmp_path / "r.toml"
     path.write_text(config.to_toml(recipe))
     assert config.build(Recipe, config.read_toml(path)) == recipe

@@ -59,6 +59,8 @@ def test_constraints_pin_the_cpu_torch() -> None:
 
 
 def test_json_of_doctor_is_valid() -> None:
-    done = subprocess.run([sys.executable, "-m", "chiasm.cli.main", "doctor", "--json"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "chiasm.cli.main", "doctor", "--json"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["chiasm"] == chiasm.__version__
