@@ -48,7 +48,7 @@ EXTENTS = {
     "effusion": ((0.115, 0.150), (0.18, 0.26), (0.30, 0.42)),
     "pneumothorax": ((0.045, 0.060), (0.075, 0.105), (0.125, 0.175)),
     "consolidation": ((0.085, 0.100), (0.105, 0.130), (0.135, 0.165)),
-    "nodule": ((0.032, 0.038), (0.039, 0.048), (0.049, 0.060)),
+    "nodule": ((0.038, 0.045), (0.046, 0.055), (0.056, 0.068)),
     "oedema": ((0.38, 0.50), (0.55, 0.72), (0.78, 0.95)),
 }
 # Height of the zones, as fractions of the lung from apex to dome.
@@ -248,7 +248,7 @@ def _draw_consolidation(film: Film, finding: Finding, side: str) -> Field:
         floor = f32(height + 0.45 * radius) - f32(0.10) * (film.across - f32(across)) - film.y
         filled *= soft_step(floor, 0.006)
     filled *= film.lung * film.side(side)
-    density = f32(0.68 + 0.22 * rng.random())
+    density = f32(0.78 + 0.17 * rng.random())
     film.air *= f32(1) - density * filled * (f32(1) - f32(0.35) * film.vessels)
     film.marks *= f32(1) - filled
     shadow: Field = filled
@@ -269,7 +269,7 @@ def _draw_nodule(film: Film, finding: Finding, side: str) -> Field:
     shadow = ball * (f32(0.65) + f32(0.35) * np.sqrt(np.clip(f32(1) - away, 0, 1)))
     if finding.kind == "cavitating":
         shadow = shadow * (f32(1) - f32(0.85) * soft_step(f32(0.30) - away, 0.18))
-    film.added += f32({"calcified": 0.50, "cavitating": 0.50}.get(finding.kind, 0.48)) * shadow
+    film.added += f32({"calcified": 0.50, "cavitating": 0.56}.get(finding.kind, 0.54)) * shadow
     return ball
 
 
