@@ -81,8 +81,8 @@ def info_nce(
         text: (n, D) L2-normalised text features.
         logit_scale: Multiplier of the cosines (not its logarithm), at most 100 by :func:`clamp_logit_scale`.
         gathered: The features of all processes, when there are several.
-        tile: Rows of logits in memory at a time; ``None`` keeps all of them for the backward pass (faster, n² numbers);
-            ``"auto"`` keeps them up to :data:`ONE_MATRIX_LOGITS`.
+        tile: Rows of logits in memory at a time, computed again in the backward pass; ``None`` keeps all of them for it
+            (faster by a sixth, n² numbers); ``"auto"`` keeps them up to :data:`ONE_MATRIX_LOGITS`.
 
     Returns:
         A 0-dim tensor ≥ 0; log n for features without information, 0 for a batch of one pair.
@@ -126,7 +126,7 @@ def multi_positive_info_nce(
             stays O(n · D)), or an (n, n) matrix of non-negative weights, image by text, normalised here over each row
             for images and over each column for texts. It is a constant: no gradient flows into it.
         gathered: The features and keys of all processes, when there are several (keys only).
-        tile: Rows of logits in memory at a time; ``None`` means all.
+        tile: As :func:`info_nce`; a matrix of targets, and keys that repeat often, are never kept.
 
     Returns:
         A 0-dim tensor: the mean of both directions' cross-entropy. Its minimum is the entropy of the targets (log k for
@@ -174,7 +174,7 @@ def siglip(
         logit_bias: Added after the scale; starts at :data:`SIGLIP_LOGIT_BIAS`.
         keys: (n,) integers; rows with equal keys belong together. None: only row ``i`` with row ``i``.
         gathered: The texts (and keys) of all processes, when there are several.
-        tile: Rows of logits in memory at a time; ``None`` means all.
+        tile: Rows of logits in memory at a time; ``None`` and ``"auto"`` choose it. Nothing is kept or computed twice.
 
     Returns:
         A 0-dim tensor ≥ 0: the sum over all pairs divided by the number of images.
@@ -336,11 +336,10 @@ def _check_sums(sums: Tensor, name: str) -> None:
 def _plan(tile: Tile, n: int, m: int, *, both: bool = True) -> Plan:
     """Choose the rows of a tile, and whether the logits are kept for the backward pass."""
     differentiate = torch.is_grad_enabled()
-    if tile is None:
-        return Plan(n, both, keep=differentiate, differentiate=differentiate)
-    if tile == "auto":
+    if tile is None or tile == "auto":
         rows = max(64, min(TILE_ROWS, TILE_LOGITS // m))
-        return Plan(rows, both, differentiate and n * m <= ONE_MATRIX_LOGITS, differentiate)
+        keep = differentiate and (tile is None or n * m <= ONE_MATRIX_LOGITS)
+        return Plan(rows, both, keep, differentiate)
     if isinstance(tile, bool) or not isinstance(tile, int) or tile < 1:
         raise InputError(f"tile must be a positive number of rows, `auto` or None, got {tile!r}")
     return Plan(tile, both, differentiate=differentiate)
