@@ -33,6 +33,7 @@ TISSUE_WORDS = {
     "fat": r"\bfat\b|adipose",
 }
 NEGATED = re.compile(r"^(no |there is no |negative for )|without", re.IGNORECASE)
+SUMMARY = re.compile(r"^(impression:|conclusion:|in summary,)", re.IGNORECASE)
 ZONES = {"upper": "upper", "mid": "mid", "lower": "lower|base", "apical": "apical", "apicolateral": "apicolateral"}
 
 
@@ -58,6 +59,7 @@ def tissue_cases(patients: int) -> list[tuple[tuple[Finding, ...], str]]:
     return cases
 
 
+SUMMARY = re.compile(r"(Impression:|Conclusion:|In summary,)")
 CASES = {"chest": (chest_cases(700), CHEST_WORDS), "tissue": (tissue_cases(700), TISSUE_WORDS)}
 
 
@@ -80,6 +82,10 @@ def test_sides_and_sites_are_the_true_ones() -> None:
             claims = [
                 s for s in sentences(text) if re.search(CHEST_WORDS[f.name], s, re.IGNORECASE) and not NEGATED.search(s)
             ]
+            summaries = [s for s in claims if SUMMARY.match(s)]
+            assert len(summaries) <= 1, text
+            assert not any(re.search(r"\b(left|right|bilateral)\b", s.lower()) for s in summaries), text
+            claims = [s for s in claims if s not in summaries]
             assert len(claims) == 1, text
             said = set(re.findall(r"\b(left|right|bilateral)\b", claims[0].lower()))
             assert said == ({f.side} if f.side else set()), text

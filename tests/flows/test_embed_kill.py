@@ -21,7 +21,8 @@ MODALITIES: tuple[Modality, ...] = ("image", "text")
 
 #: The tiny real encoder, slow enough that a kill falls into the work.
 RUN = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts jobs in the background has it ignored
 import torch
 torch.set_num_threads(1)
 from chiasm import embed

@@ -54,6 +54,7 @@ select = "recall_at_5"
 # One interpreter imports torch once and forks a child per attempt, so that many kills cost little.
 SCRIPT = """
 import json, os, resource, signal, sys, threading, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts jobs in the background has it ignored
 import torch
 torch.set_num_threads(1)
 from chiasm.errors import ChiasmError

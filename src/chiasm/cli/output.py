@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, ParamSpec
 
@@ -38,7 +39,9 @@ def guard(function: Callable[P, None]) -> Callable[P, None]:
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            function(*args, **kwargs)
+            with warnings.catch_warnings():
+                warnings.showwarning = _print_warning
+                function(*args, **kwargs)
         except ChiasmError as error:
             if os.environ.get("CHIASM_DEBUG"):
                 raise
@@ -54,6 +57,11 @@ def guard(function: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(0) from None
 
     return run
+
+
+def _print_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """Print what the library warns of as one line, without the place in the code."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def report_error(message: str, hint: str | None) -> None:

@@ -2,7 +2,8 @@
 
 A report states every finding of its image with its true side and site, denies some of those that are absent, and never
 claims one that is absent. One sentence speaks of one finding that is present, so that a side or a "no" has one meaning;
-only absent findings share a sentence ("No effusion or pneumothorax."). Doubt ("possible", "cannot be excluded") is put
+only absent findings share a sentence ("No effusion or pneumothorax."), and half of the reports end with a summary that
+names what is present without side or site ("Impression: pleural effusion and nodule."). Doubt ("possible", "cannot be excluded") is put
 on findings that are there but slight. The grammar's machinery also writes the tissue reports.
 """
 
@@ -18,7 +19,7 @@ from chiasm.data.phantom_drawing import Finding
 Prompts = dict[str, dict[str, list[str]]]
 
 MM_PER_UNIT = 350.0  # a chest film is about 35 cm wide
-MAX_WORDS = 40  # absences are dropped beyond it: every report fits CLIP's 77 tokens
+MAX_WORDS = 38  # absences are dropped beyond it: every report fits CLIP's 77 tokens
 UNCERTAIN = {"mild": 0.28, "moderate": 0.08}  # probability of doubt; none about what is severe
 
 DEFINITE_FRAMES = ("{np}.", "There {is} {a_np}.", "{np} {is} seen.", "{np} {is} present.", "{np} {is} noted.")
@@ -47,6 +48,19 @@ CHEST_NEGATED = {
     "cardiomegaly": ("cardiomegaly", "cardiac enlargement"),
     "device": ("support device", "pacemaker", "central line"),
 }
+CHEST_SUMMARY = {
+    "effusion": ("pleural effusion",),
+    "pneumothorax": ("pneumothorax",),
+    "consolidation": ("consolidation", "airspace consolidation"),
+    "nodule": ("nodule", "pulmonary nodule"),
+    "mass": ("mass", "pulmonary mass"),
+    "oedema": ("pulmonary oedema", "pulmonary edema"),
+    "cardiomegaly": ("cardiomegaly", "cardiac enlargement"),
+    "device": ("support device",),
+}
+LARGEST_NODULE_MM = 30  # beyond it radiologists say "mass"
+SUMMARY_FRAMES = ("Impression: {x}.", "Conclusion: {x}.", "In summary, {x}.")
+SUMMARY_SHARE = 0.5
 NORMAL_HEART = ("The heart is normal in size.", "Normal cardiac silhouette.", "Heart size is within normal limits.")
 CLEAR_LUNGS = ("The lungs are clear.", "Clear lungs.", "Lungs are well aerated and clear.")
 NORMAL_STUDY = (
@@ -108,18 +122,32 @@ def deny(rng: np.random.Generator, terms: Sequence[Sequence[str]]) -> list[str]:
     return sentences
 
 
-def order_sentences(rng: np.random.Generator, stated: list[str], denied: list[str], opening: Sequence[str]) -> str:
-    """Join the sentences: findings first, or absences first, or mixed; at times after a line on the technique."""
+def summarise(rng: np.random.Generator, terms: Sequence[Sequence[str]]) -> list[str]:
+    """Return, half of the time, one sentence that names the findings without side or site."""
+    words = [pick(rng, options) for options in terms]
+    words = [words[int(i)] for i in rng.permutation(len(words))]
+    if not words or rng.random() >= SUMMARY_SHARE:
+        return []
+    listed = " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
+    return [pick(rng, SUMMARY_FRAMES).format(x=listed)]
+
+
+def order_sentences(
+    rng: np.random.Generator, stated: list[str], denied: list[str], *, opening: Sequence[str], closing: list[str]
+) -> str:
+    """Join the sentences: findings first, or absences first, or mixed; at times a technique before, a summary after."""
     way = rng.random()
-    while denied and sum(len(sentence.split()) for sentence in stated + denied) > MAX_WORDS:
+    while denied and sum(len(sentence.split()) for sentence in stated + denied + closing) > MAX_WORDS:
         denied = denied[:-1]
+    if sum(len(sentence.split()) for sentence in stated + closing) > MAX_WORDS:
+        closing = []
     stated = [stated[int(i)] for i in rng.permutation(len(stated))]
     sentences = stated + denied if way < 0.6 else denied + stated
     if way > 0.8:
         sentences = [sentences[int(i)] for i in rng.permutation(len(sentences))]
     if rng.random() < 0.22:
         sentences.insert(0, pick(rng, opening))
-    return " ".join(sentences)
+    return " ".join(sentences + closing)
 
 
 def write_chest_report(rng: np.random.Generator, findings: Sequence[Finding]) -> str:
@@ -138,7 +166,8 @@ def write_chest_report(rng: np.random.Generator, findings: Sequence[Finding]) ->
         denied.append(pick(rng, CLEAR_LUNGS))
     count = int(rng.integers(2, 5)) if len(present) < 2 else int(rng.integers(1, 4))
     denied += deny(rng, [CHEST_NEGATED[name] for name in absent[:count]])
-    return order_sentences(rng, stated, denied, TECHNIQUE)
+    closing = summarise(rng, [CHEST_SUMMARY["mass" if _is_mass(f) else f.name] for f in findings])
+    return order_sentences(rng, stated, denied, opening=TECHNIQUE, closing=closing)
 
 
 def describe_chest(rng: np.random.Generator, finding: Finding) -> Phrase:
@@ -208,8 +237,16 @@ def _consolidation(rng: np.random.Generator, f: Finding) -> Phrase:
     return Phrase(text, "mass" if term != "airspace opacity" else "count")
 
 
+def _nodule_mm(f: Finding) -> int:
+    return round(2 * f.extent * MM_PER_UNIT)
+
+
+def _is_mass(f: Finding) -> bool:
+    return f.name == "nodule" and _nodule_mm(f) > LARGEST_NODULE_MM
+
+
 def _nodule(rng: np.random.Generator, f: Finding) -> Phrase:
-    mm = round(2 * f.extent * MM_PER_UNIT)
+    mm = _nodule_mm(f)
     look = pick(
         rng,
         {
@@ -218,7 +255,7 @@ def _nodule(rng: np.random.Generator, f: Finding) -> Phrase:
             "cavitating": ("cavitating ", "cavitary "),
         }[f.kind],
     )
-    term = "mass" if mm > 30 else pick(rng, ("nodule", "pulmonary nodule", "nodular opacity"))
+    term = "mass" if _is_mass(f) else pick(rng, ("nodule", "pulmonary nodule", "nodular opacity"))
     zone = pick(rng, ZONE_WORDS[f.site])
     return Phrase(
         pick(
@@ -281,6 +318,11 @@ def _device(rng: np.random.Generator, f: Finding) -> Phrase:
             f"{f.side} {vein} line in situ",
         )
     return Phrase(pick(rng, options))
+
+
+def name_alone(terms: Sequence[str]) -> list[str]:
+    """Return prompts that name a finding without side or site: the bare words, and as a summary does."""
+    return [f"{capital(t)}." for t in terms] + [frame.format(x=t) for t in terms for frame in SUMMARY_FRAMES]
 
 
 def chest_prompts() -> Prompts:

@@ -7,7 +7,17 @@ from collections.abc import Sequence
 import numpy as np
 
 from chiasm.data.phantom_drawing import Finding
-from chiasm.data.phantom_reports import NEGATIVE_FRAMES, Phrase, Prompts, deny, order_sentences, pick, state
+from chiasm.data.phantom_reports import (
+    NEGATIVE_FRAMES,
+    Phrase,
+    Prompts,
+    deny,
+    name_alone,
+    order_sentences,
+    pick,
+    state,
+    summarise,
+)
 
 TISSUE_NEGATED = {
     "tumour": ("tumour", "malignancy", "carcinoma"),
@@ -18,6 +28,15 @@ TISSUE_NEGATED = {
     "fat": ("adipose tissue", "fat"),
 }
 BENIGN = ("Benign fibrous stroma.", "Benign tissue only.", "Fibrous connective tissue without atypia.")
+TISSUE_SUMMARY = {
+    "high_grade": ("high-grade carcinoma", "high-grade tumour"),
+    "low_grade": ("low-grade carcinoma", "low-grade tumour"),
+    "lymphocytes": ("lymphocytic infiltrate",),
+    "necrosis": ("necrosis",),
+    "mitoses": ("mitoses", "mitotic figures"),
+    "glands": ("gland formation", "glands"),
+    "fat": ("adipose tissue",),
+}
 TECHNIQUE = ("H&E section.", "Haematoxylin and eosin stain.", "Microscopic field, H&E.")
 AMOUNT_WORDS: dict[str, dict[str, tuple[str, ...]]] = {
     "lymphocytes": {"mild": ("mild", "sparse"), "moderate": ("moderate",), "severe": ("dense", "brisk")},
@@ -48,7 +67,15 @@ def write_tissue_report(rng: np.random.Generator, findings: Sequence[Finding]) -
         absent.sort(key=lambda name: name != "tumour")
     count = int(rng.integers(1, 4)) if len(stated) < 3 else int(rng.integers(0, 3))
     denied += deny(rng, [_deniable(name, malignant="tumour" in present) for name in absent[:count]])
-    return order_sentences(rng, stated, denied, TECHNIQUE) or pick(rng, BENIGN)
+    closing = summarise(rng, [_summary(f) for f in findings if f.name != "high_grade"])
+    return order_sentences(rng, stated, denied, opening=TECHNIQUE, closing=closing) or pick(rng, BENIGN)
+
+
+def _summary(finding: Finding) -> Sequence[str]:
+    """Return the words that name a finding in a summary."""
+    if finding.name == "tumour":
+        return TISSUE_SUMMARY["high_grade" if finding.severity == "high" else "low_grade"]
+    return TISSUE_SUMMARY[finding.name]
 
 
 def _deniable(name: str, *, malignant: bool) -> Sequence[str]:
@@ -98,47 +125,15 @@ def describe_tissue(rng: np.random.Generator, finding: Finding, *, malignant: bo
 
 def tissue_prompts() -> Prompts:
     """Return prompt ensembles per finding: present against absent; for the grade, high against low or none."""
-    positive = {
-        "tumour": [
-            "high-grade carcinoma with marked nuclear pleomorphism",
-            "low-grade carcinoma in nests",
-            "well differentiated carcinoma with uniform nuclei",
-            "poorly differentiated carcinoma in solid sheets",
-            "There is a low-grade tumour with mild atypia.",
-            "There is a high-grade tumour with large pleomorphic nuclei.",
-        ],
-        "lymphocytes": [
-            "dense lymphocytic infiltrate in the centre of the field",
-            "There is a moderate lymphocytic infiltrate.",
-            "brisk infiltrate of lymphocytes",
-            "mild lymphocytic infiltrate",
-        ],
-        "necrosis": [
-            "extensive necrosis in the centre of the field",
-            "There is focal necrosis.",
-            "confluent necrosis",
-            "moderate necrosis is seen",
-        ],
-        "mitoses": [
-            "frequent mitotic figures",
-            "There are numerous mitoses.",
-            "scattered mitotic figures are seen",
-            "occasional mitoses",
-        ],
-        "glands": [
-            "benign gland formation",
-            "malignant gland formation",
-            "regular benign glands",
-            "irregular malignant glands",
-            "malignant glands with open lumina",
-        ],
-        "fat": ["mature adipose tissue in the centre of the field", "There is adipose tissue.", "mature fat is seen"],
-    }
+    said = {name: name_alone(terms) for name, terms in TISSUE_SUMMARY.items()}
+    high = [*said["high_grade"], "There is poorly differentiated carcinoma with marked nuclear pleomorphism."]
+    low = [*said["low_grade"], "There is well differentiated carcinoma with uniform nuclei."]
     prompts: Prompts = {}
     for name, terms in TISSUE_NEGATED.items():
         negative = [frame.format(x=term) for term in terms for frame in NEGATIVE_FRAMES[:3]]
-        prompts[name] = {"positive": positive[name], "negative": negative + (list(BENIGN) if name == "tumour" else [])}
-    high = [p for p in positive["tumour"] if "high" in p or "poorly" in p]
-    low = [p for p in positive["tumour"] if p not in high]
+        if name == "tumour":
+            prompts[name] = {"positive": high + low, "negative": negative + list(BENIGN)}
+        else:
+            prompts[name] = {"positive": said[name], "negative": negative}
     prompts["high_grade"] = {"positive": high, "negative": [*low, "No tumour.", *BENIGN]}
     return prompts
