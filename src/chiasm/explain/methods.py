@@ -10,6 +10,10 @@ method                  towers                                 source
 ``occlusion``           all                                    Zeiler and Fergus 2014
 ======================  =====================================  ==========================================
 
+``auto`` is ``attention`` for CLIP's ViT, ``layer_cam`` for its ResNet, ``occlusion`` for all others. ``similarity`` is fast
+and serves any number of texts in one pass, but after pooling a patch's vector need not speak of what lies there, so it is
+never the automatic choice.
+
 A map shows what the model's score hangs on. It is no finding, and no proof that the model looked at the right thing:
 ``explain.fidelity`` tests a method, ``evaluate.scores.score_pointing`` scores maps against true boxes.
 """

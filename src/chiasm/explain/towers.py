@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -53,20 +53,16 @@ def project(visual: nn.Module, features: Tensor) -> Tensor:
     return features
 
 
-def has_patches(visual: nn.Module) -> bool:
-    """Whether the tower gives one vector of the joint space per patch."""
-    trunk: Any = trunk_of(visual)
-    return any(hasattr(trunk, name) for name in ("patch_features", "patch_tokens"))
-
-
 def natural_method(visual: nn.Module) -> str:
-    """Return the method that suits a tower."""
+    """Return the method that suits a tower.
+
+    Foreign towers get occlusion also where they have patch vectors: under pooling, the vector of a patch need not speak
+    of what lies there (see ``methods``).
+    """
     trunk = trunk_of(visual)
     if isinstance(trunk, ModifiedResNet):
         return "layer_cam"
-    if isinstance(trunk, VisionTransformer):
-        return "attention"
-    return "similarity" if has_patches(visual) else "occlusion"
+    return "attention" if isinstance(trunk, VisionTransformer) else "occlusion"
 
 
 def image_batch(encoder: Encoder, images: Sequence[Image]) -> Tensor:
