@@ -197,6 +197,11 @@ def test_methods_go_with_towers(random_tower: Make, bright: type[nn.Module]) -> 
     assert natural_method(vit) == "attention"
     assert natural_method(resnet) == "layer_cam"
     assert natural_method(foreign) == "occlusion"
+    patchy = bright()
+    patchy.patch_tokens = lambda pixels: torch.ones(len(pixels), 2, 2, 16)
+    with_patches = ProjectedImageTower(patchy, nn.Identity(), 16)
+    assert patch_vectors(with_patches, torch.rand(1, 3, 32, 32)).shape == (1, 2, 2, 16)
+    assert natural_method(with_patches) == "occlusion"  # a patch's vector need not speak of what lies there
     assert natural_method(behind) == "attention"
     pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     for method in ("attention", "similarity", "occlusion"):

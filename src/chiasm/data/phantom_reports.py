@@ -31,6 +31,7 @@ UNCERTAIN_FRAMES = (
     "Findings suspicious for {a_np}.",
 )
 NEGATIVE_FRAMES = ("No {x}.", "No evidence of {x}.", "There is no {x}.", "No {x} seen.", "Negative for {x}.")
+PLURALS = ("glands", "mitotic figures", "mitoses")
 
 SIZE_WORDS = {"mild": ("small", "minor"), "moderate": ("moderate", "moderate-sized"), "severe": ("large", "extensive")}
 GRADE_WORDS = {"mild": ("mild", "slight"), "moderate": ("moderate",), "severe": ("severe", "marked")}
@@ -118,8 +119,14 @@ def deny(rng: np.random.Generator, terms: Sequence[Sequence[str]]) -> list[str]:
         count = min(len(words), int(rng.integers(1, 4)))
         group, words = words[:count], words[count:]
         listed = " or ".join([", ".join(group[:-1]), group[-1]]) if count > 1 else group[0]
-        sentences.append(pick(rng, NEGATIVE_FRAMES).format(x=listed))
+        sentences.append(absence(pick(rng, NEGATIVE_FRAMES), listed))
     return sentences
+
+
+def absence(frame: str, words: str) -> str:
+    """Fill a frame of ``NEGATIVE_FRAMES``: "there are no glands", but "there is no fat or glands"."""
+    verb = "There are no" if words.startswith(PLURALS) else "There is no"
+    return frame.replace("There is no", verb).format(x=words)
 
 
 def summarise(rng: np.random.Generator, terms: Sequence[Sequence[str]]) -> list[str]:
@@ -372,7 +379,7 @@ def chest_prompts() -> Prompts:
     ]
     prompts: Prompts = {}
     for name, terms in CHEST_NEGATED.items():
-        negative = [frame.format(x=term) for term in terms for frame in NEGATIVE_FRAMES[:3]]
+        negative = [absence(frame, term) for term in terms for frame in NEGATIVE_FRAMES[:3]]
         if name == "cardiomegaly":
             negative += NORMAL_HEART
         prompts[name] = {"positive": positive[name], "negative": negative}

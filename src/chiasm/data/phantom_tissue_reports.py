@@ -11,6 +11,7 @@ from chiasm.data.phantom_reports import (
     NEGATIVE_FRAMES,
     Phrase,
     Prompts,
+    absence,
     deny,
     name_alone,
     order_sentences,
@@ -130,7 +131,7 @@ def tissue_prompts() -> Prompts:
     low = [*said["low_grade"], "There is well differentiated carcinoma with uniform nuclei."]
     prompts: Prompts = {}
     for name, terms in TISSUE_NEGATED.items():
-        negative = [frame.format(x=term) for term in terms for frame in NEGATIVE_FRAMES[:3]]
+        negative = [absence(frame, term) for term in terms for frame in NEGATIVE_FRAMES[:3]]
         if name == "tumour":
             prompts[name] = {"positive": high + low, "negative": negative + list(BENIGN)}
         else:

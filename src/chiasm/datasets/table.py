@@ -49,8 +49,9 @@ def load_table(
         check_images: Also decode every image, in threads.
 
     Returns:
-        Samples in the order of the table, with the boxes of a ``boxes.json`` beside it. ``Dataset.columns`` tells what was detected. Ids are, in this order, the id
-        column, the image path (``#2`` is added to a repeated one), a slide, study or patient that is unique, the row.
+        Samples in the order of the table, with the boxes of a ``boxes.json`` beside it. ``Dataset.columns`` tells what
+        was detected. Ids are, in this order, the id column, the image path (``#2`` is added to a repeated one), a
+        slide, study or patient that is unique, the row.
 
     Raises:
         InputError: The table is absent or empty, no row can be used, or a row is bad and ``on_bad_row`` is ``fail``.

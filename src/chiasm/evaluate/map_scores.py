@@ -32,8 +32,8 @@ class PointingScores:
             image that the boxes cover, and what a flat map scores.
         iou: Mean overlap of the boxes with the part of the map above the middle of its range; chance is that of marking
             the whole image.
-        contrast_to_noise: Mean difference of the map inside and outside the boxes, over its spread; chance is 0. Maps without any
-            spread, and boxes that cover the whole image, are left out.
+        contrast_to_noise: Mean difference of the map inside and outside the boxes, over its spread; chance is 0. Maps
+            without any spread, and boxes that cover the whole image, are left out.
         per_label: The pointing game of each label.
         method: Of the maps, where all have the same.
         n: Maps.
