@@ -80,6 +80,8 @@ def test_preprocess_digest_sees_every_field() -> None:
     assert Preprocess.from_dict(json.loads(json.dumps(plain.to_dict()))) == plain
     assert Preprocess(size=336).digest != plain.digest
     assert Preprocess(rgb="before_resize").digest != plain.digest
+    assert Preprocess(crop_rounding="down").digest != plain.digest
+    assert plain.digest == "7e169b3a928b", "spaces of stored embeddings must outlive a new field"
     with pytest.raises(InputError, match="unknown preprocess field `sizes`"):
         Preprocess.from_dict({"sizes": 1})
 

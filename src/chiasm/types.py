@@ -44,6 +44,8 @@ class Preprocess:
         std: Per channel, of pixels scaled to [0, 1].
         fill: Grey value (0..255) of padding.
         cut_bottom: Share of the height that is cut off below before anything else: a burned-in mark or address.
+        crop_rounding: Where a centre crop of odd margin lies: ``even`` rounds half the margin to the even pixel (OpenAI
+            CLIP, open_clip), ``down`` rounds it down (transformers). None: as the family of ``rgb`` does.
     """
 
     size: int = 224
@@ -55,10 +57,17 @@ class Preprocess:
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     fill: int = 0
     cut_bottom: float = 0.0
+    crop_rounding: Literal["even", "down"] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain JSON values."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        """Return the fields as plain JSON values; None is left out, so digests from before a field was added hold."""
+        values = dataclasses.asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v is not None}
+
+    def crop_offset(self, margin_px: int) -> int:
+        """Return where the centre crop begins along an axis that is ``margin_px`` longer than ``size``."""
+        rounding = self.crop_rounding or ("down" if self.rgb == "before_resize" else "even")
+        return margin_px // 2 if rounding == "down" else round(margin_px / 2)
 
     def kept_height(self, height_px: int) -> int:
         """Return how many of an image's rows remain after ``cut_bottom``, at least 1."""

@@ -138,7 +138,7 @@ def test_foreign_names(openai_vit: Make) -> None:
     ("stated", "expected"),
     [
         ({}, Preprocess(rgb="before_resize")),
-        ({"size": 336, "crop_size": 336, "do_convert_rgb": False}, Preprocess(336)),
+        ({"size": 336, "crop_size": 336, "do_convert_rgb": False}, Preprocess(336, crop_rounding="down")),
         ({"size": {"height": 96, "width": 96}, "do_center_crop": False},
          Preprocess(96, resize="squash", crop="none", rgb="before_resize")),
         ({"size": {"shortest_edge": 256}}, None),

@@ -80,6 +80,22 @@ def test_the_centre_crop_starts_where_the_peer_starts_it(rgb: Any, offsets: dict
         assert cropped[0, -1, 0] == offset + 223, width
 
 
+def test_the_rounding_of_crops_can_be_stated_apart() -> None:
+    """A processor of transformers that does not convert to RGB still rounds as transformers does."""
+    from transformers import CLIPImageProcessorPil
+
+    sides = {"size": {"shortest_edge": 112}, "crop_size": {"height": 112, "width": 112}}
+    processor = CLIPImageProcessorPil(do_convert_rgb=False, **sides)
+    down, even = Preprocess(size=112, crop_rounding="down"), Preprocess(size=112)
+    image = picture("RGB", (115, 112))
+    theirs = processor(image, return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(image_transform(down)(image), theirs)
+    assert not torch.equal(image_transform(even)(image), theirs)
+    for stated, rgb in (("down", "before_resize"), ("even", "after_resize")):
+        natural, apart = Preprocess(rgb=rgb), Preprocess(rgb=rgb, crop_rounding=stated)  # type: ignore[arg-type]
+        assert [natural.crop_offset(m) for m in range(9)] == [apart.crop_offset(m) for m in range(9)]
+
+
 @pytest.mark.parametrize("mode", ["P", "1", "RGBA"])
 def test_the_order_of_conversion_matters(mode: str) -> None:
     image = picture(mode, (320, 240))
@@ -173,6 +189,7 @@ def test_a_thin_strip_does_not_eat_the_memory() -> None:
         ({"resize": "stretch"}, "preprocess.resize"),
         ({"interpolation": "cubic"}, "preprocess.interpolation"),
         ({"rgb": "never"}, "preprocess.rgb"),
+        ({"crop_rounding": "up"}, "preprocess.crop_rounding"),
         ({"crop": "none"}, "not square"),
         ({"size": 0}, "preprocess.size"),
         ({"std": (0.2, 0.0, 0.2)}, "preprocess.std"),

@@ -208,6 +208,8 @@ def preprocess_of(stated: Mapping[str, Any]) -> dict[str, Any]:
         "interpolation": interpolation,
         "rgb": "before_resize" if stated.get("do_convert_rgb", True) else "after_resize",
     }
+    if result["rgb"] == "after_resize" and result["crop"] == "center":
+        result["crop_rounding"] = "down"  # transformers' own, whatever converts to RGB
     for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
         values = stated.get(theirs)
         if values is None:

@@ -1,7 +1,7 @@
 """From a decoded image to the tensor that an encoder wants, as its ``Preprocess`` declares, bit-equal to the peers.
 
 ``rgb="after_resize"`` follows open_clip and OpenAI's CLIP, ``rgb="before_resize"`` follows transformers. The two
-families differ in more than that order, and each keeps its peer's rules:
+families differ in more than that order, and each keeps its peer's rules (``crop_rounding`` states the last one apart):
 
 ==================  ==========================================  =========================================
 step                after_resize (open_clip)                    before_resize (transformers)
@@ -122,15 +122,17 @@ def fit_image(image: Image.Image, preprocess: Preprocess) -> Image.Image:
 
 
 def _check(p: Preprocess) -> None:
-    allowed = {
+    allowed: dict[str, tuple[str | None, ...]] = {
         "resize": ("shortest", "squash", "longest_pad"),
         "crop": ("center", "none"),
         "interpolation": ("bicubic", "bilinear", "lanczos", "nearest"),
         "rgb": ("after_resize", "before_resize"),
+        "crop_rounding": (None, "even", "down"),
     }
     for name, values in allowed.items():
         if getattr(p, name) not in values:
-            raise ConfigError(f"`preprocess.{name}` is `{getattr(p, name)}`", hint=f"one of: {', '.join(values)}")
+            known = ", ".join(v for v in values if v is not None)
+            raise ConfigError(f"`preprocess.{name}` is `{getattr(p, name)}`", hint=f"one of: {known}")
     if p.size < 1:
         raise ConfigError(f"`preprocess.size` must be at least 1, got {p.size}")
     if p.resize == "shortest" and p.crop == "none":
@@ -164,11 +166,7 @@ def _resize(image: Image.Image, width: int, height: int, resample: Image.Resampl
 
 
 def _center_crop(image: Image.Image, p: Preprocess) -> Image.Image:
-    def offset(length: int) -> int:
-        margin = length - p.size
-        return margin // 2 if p.rgb == "before_resize" else round(margin / 2)
-
-    left, top = offset(image.width), offset(image.height)
+    left, top = p.crop_offset(image.width - p.size), p.crop_offset(image.height - p.size)
     return image.crop((left, top, left + p.size, top + p.size))
 
 
