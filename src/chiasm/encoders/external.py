@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from chiasm.encoders.base import ImageTowerConfig
 from chiasm.errors import ChiasmError, ConfigError
 
 #: Factories that chiasm itself ships; they need no permission.
@@ -38,7 +39,10 @@ class ExternalImageTower(nn.Module):
 
     Attributes:
         output_dim: Width of the output.
+        stored: Of chiasm's own factories only: the declaration that builds the tower without its first weights.
     """
+
+    stored: ImageTowerConfig
 
     def __init__(self, module: nn.Module, features: str | None, image_size: int) -> None:
         super().__init__()
@@ -151,6 +155,13 @@ def _made(source: str, keywords: dict[str, Any]) -> nn.Module:
         found: Any = import_module(module_name)
         for part in attribute.split("."):
             found = getattr(found, part)
+    except ModuleNotFoundError as error:
+        package = (error.name or module_name).partition(".")[0]
+        raise ConfigError(
+            f"the tower `{source}` is code of the package `{package}`, which is not installed; a model folder holds "
+            "the weights of such a tower, not its code",
+            hint="install the package that the model was trained with, or correct `package.module:factory`",
+        ) from error
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
             f"there is no factory `{source}`: {error}", hint="write `package.module:factory`, installed in this Python"
