@@ -68,7 +68,7 @@ def test_bad_rows_are_noted_and_left_out(workers: int) -> None:
 
     def load(row: int, _: np.random.Generator) -> int:
         if row == 3:
-            raise FileFormatError("`scan3.png` is truncated")
+            raise FileFormatError("image `scan3.png` is truncated")
         if row in (4, 5):
             raise FileNotFoundError(2, "No such file", "/clinic/doe_john.png")
         return row

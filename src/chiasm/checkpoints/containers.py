@@ -91,7 +91,9 @@ def sniff(path: str | Path) -> Container:
             return "safetensors"
     for magic, what, hint in _FOREIGN:
         if head.startswith(magic):
-            raise CheckpointError(f"`{path.name}` is {what}; expected a weight file", hint=hint)
+            raise CheckpointError(
+                f"`{path.name}` is {what}; expected a weight file", hint=hint or "give a weight file or a model folder"
+            )
     if head[257:262] == b"ustar":
         raise CheckpointError(f"`{path.name}` is a tar archive", hint="unpack it and give the weight file inside")
     raise CheckpointError(

@@ -166,7 +166,9 @@ class Batches(Generic[T]):
 def _reason(error: BaseException, file_name: str) -> str:
     """Say what was wrong with a row, without naming its file, so that equal reasons can be counted."""
     if isinstance(error, ChiasmError):
-        return error.message.replace(f"`{file_name}`", "image file") if file_name else error.message
+        if not file_name:
+            return error.message
+        return error.message.replace(f"image `{file_name}`", "image file").replace(f"`{file_name}`", "image file")
     if isinstance(error, OSError) and error.errno is not None:
         return f"file cannot be read: {os.strerror(error.errno)}"
     return f"cannot be loaded: {type(error).__name__}"
