@@ -78,13 +78,30 @@ def load(
 
     Raises:
         UnknownName: No model of that name, or no such family.
+        InputError: This machine has no such device.
         CheckpointError: Weights absent, foreign, damaged, or not those of the model; nothing in a file is run.
         ConfigError: A tower is code and ``allow_code`` is false.
     """
     if family is not None and family not in openai.FAMILIES:
         raise UnknownName("family", family, openai.FAMILIES, hint=f"one of: {', '.join(openai.FAMILIES)}")
+    place = _device(device)
     source = _find(name_or_path, pretrained, family)
-    return Encoder(_filled(source, allow_code).to(device), source.config, name=source.name)
+    return Encoder(_filled(source, allow_code).to(place), source.config, name=source.name)
+
+
+def _device(device: str | torch.device) -> torch.device:
+    """Return the device, after asking whether this machine has it: torch's own complaint comes late and is long."""
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"unknown device `{device}`", hint="`cpu`, `cuda`, `cuda:1` or `mps`") from None
+    if place.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (place.index or 0) >= count:
+            raise InputError(f"device `{place}` is not here: {count} CUDA devices are available", hint="use `cpu`")
+    if place.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError("device `mps` is not here: this machine or this torch has no Metal", hint="use `cpu`")
+    return place
 
 
 def _find(name_or_path: str | Path, pretrained: str | Path | None, family: str | None) -> _Source:

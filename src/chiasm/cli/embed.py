@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
+from chiasm.cli.inputs import ColumnOption, RootOption
 from chiasm.cli.output import (
     BatchOption,
     CodeOption,
@@ -27,6 +28,8 @@ def run(
     layout: Annotated[
         str, typer.Option("--layout", help="lance (a store) or clip-retrieval (npy + parquet).")
     ] = "lance",
+    column: ColumnOption = None,
+    root: RootOption = None,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with a store that exists.")] = True,
     on_bad: Annotated[str, typer.Option("--on-bad", help="skip (listed in rejected.jsonl) or fail.")] = "skip",
     batch_size: BatchOption = 32,
@@ -37,8 +40,7 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Stream, show progress, report counts."""
-    from chiasm.cli.inputs import load_encoder
-    from chiasm.datasets import open_dataset
+    from chiasm.cli.inputs import load_encoder, open_table
     from chiasm.embed import embed_to_store
     from chiasm.errors import InputError
     from chiasm.io.clip_retrieval import write_clip_retrieval
@@ -50,7 +52,12 @@ def run(
         raise InputError(f"--modality must be image, text or both, got `{modality}`")
     if layout not in ("lance", "clip-retrieval"):
         raise InputError(f"--layout must be lance or clip-retrieval, got `{layout}`")
-    dataset = open_dataset(source)
+    if on_bad not in ("skip", "fail"):
+        raise InputError(f"--on-bad must be skip or fail, got `{on_bad}`")
+    bad: Literal["skip", "fail"] = "fail" if on_bad == "fail" else "skip"
+    # What is not embedded need not be there: images without captions have vectors, too.
+    require = None if modality == "both" else kinds[modality]
+    dataset = open_table(source, columns=column, root=root, require=require, on_bad_row=bad)
     encoder = load_encoder(model, device=device, family=family, allow_code=allow_code)
     report = embed_to_store(
         encoder,
@@ -58,7 +65,7 @@ def run(
         out,
         modalities=kinds[modality],
         resume=resume,
-        on_bad="fail" if on_bad == "fail" else "skip",
+        on_bad=bad,
         batch_size=batch_size,
         workers=workers,
         progress=make_progress(as_json, unit="rows"),

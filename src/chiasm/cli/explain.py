@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Annotated, cast
 
 import typer
 
 from chiasm.cli.output import CodeOption, DeviceOption, FamilyOption, JsonOption, ModelOption, print_json
+from chiasm.errors import InputError
+
+#: Endings that an overlay can be written with, and Pillow's names for them.
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
 
 
 def run(
@@ -15,10 +20,14 @@ def run(
     text: Annotated[str, typer.Argument(help="A sentence.")],
     model: ModelOption = "",
     method: Annotated[
-        str, typer.Option("--method", help="auto, similarity, grad_cam (ResNet) or attention (ViT).")
+        str,
+        typer.Option(
+            "--method",
+            help="auto, attention (CLIP's ViT), layer_cam or grad_cam (its ResNet), similarity, occlusion (any tower).",
+        ),
     ] = "auto",
     out: Annotated[
-        Path | None, typer.Option("--out", help="PNG to write; by default beside nothing: ./IMAGE.heat.png.")
+        Path | None, typer.Option("--out", help="Picture to write; by default IMAGE.heat.png in the present folder.")
     ] = None,
     device: DeviceOption = "cpu",
     family: FamilyOption = None,
@@ -30,12 +39,18 @@ def run(
     from chiasm.explain.heatmap import overlay
     from chiasm.explain.methods import MethodName, explain
     from chiasm.io.image import open_image
+    from chiasm.io.manifest import write_bytes_atomic
 
+    target = out or Path(f"{image.stem}.heat.png")
+    kind = FORMATS.get(target.suffix.lower())
+    if kind is None:
+        raise InputError(f"`--out {target.name}` is no picture", hint=f"let it end in {', '.join(FORMATS)}")
     encoder = load_encoder(model, device=device, family=family, allow_code=allow_code)
     picture = open_image(image)
     heat = explain(encoder, picture, text, method=cast(MethodName, method))
-    target = out or Path(f"{image.stem}.heat.png")
-    overlay(picture, heat).save(target)
+    stream = io.BytesIO()
+    overlay(picture, heat).save(stream, format=kind)
+    write_bytes_atomic(target, stream.getvalue())
     x, y = heat.peak()
     document = {
         "method": heat.method,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -14,16 +15,34 @@ from chiasm.errors import InputError
 from chiasm.types import LabelValue, Sample
 
 if TYPE_CHECKING:
+    from chiasm.datasets.columns import Columns
     from chiasm.datasets.dataset import Dataset
+    from chiasm.datasets.table import Part
     from chiasm.encoders.base import Encoder
+    from chiasm.io.manifest import Rejected, RejectLog
     from chiasm.tasks.prompts import PromptSet
 
+#: What ``--column`` can name.
+ROLES = ("image", "text", "id", "patient", "study", "slide", "split")
+#: More classes than this are not listed in a hint.
+MAX_SHOWN_CLASSES = 30
+
 TableOption = Annotated[
-    Path | None, typer.Option("--table", "-t", help="CSV, TSV, JSONL or Parquet; columns are recognised by name.")
+    Path | None,
+    typer.Option("--table", "-t", help="CSV, TSV, JSONL, Parquet, folder or shards; columns are recognised by name."),
 ]
 ImagesArgument = Annotated[list[Path] | None, typer.Argument(help="Image files or folders of images.")]
 GroupOption = Annotated[
     str | None, typer.Option("--group", help="Column of the patient (or slide) for intervals; found by name if absent.")
+]
+ColumnOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--column", help="What a column is, where its name does not say it: image=path, text=report, id=key ..."
+    ),
+]
+RootOption = Annotated[
+    Path | None, typer.Option("--root", help="Folder that image paths start from; by default the table's own.")
 ]
 DropTextOption = Annotated[
     str | None, typer.Option("--drop-text", help="Leave out rows whose text matches this regular expression.")
@@ -36,36 +55,45 @@ class Rows:
     """Samples of one command with the rows that could not be used."""
 
     samples: tuple[Sample, ...]
-    rejected: int
+    rejected: tuple[Rejected, ...]
     name: str
 
 
-def read_rows(
-    images: Sequence[Path] | None, table: Path | None, *, group: str | None = None, split: str | None = None
+def read_images(
+    images: Sequence[Path] | None,
+    table: Path | None,
+    *,
+    group: str | None = None,
+    columns: Sequence[str] | None = None,
+    root: Path | None = None,
+    split: str | None = None,
 ) -> Rows:
-    """Return the samples of image arguments or of a table, restricted to one split.
+    """Return the images of image arguments or of a table, restricted to one split; rows may lack a text.
 
     Raises:
         InputError: When neither or both were given, or nothing is left.
     """
     if bool(images) == bool(table):
-        raise InputError(
-            "give images or a table, one of the two", hint="`chiasm zero-shot a.png b.png ...` or `--table t.csv`"
-        )
-    if table is not None:
-        dataset = open_table(table, group=group)
-        rows = Rows(dataset.samples, len(dataset.rejected), dataset.name)
-    else:
-        rows = Rows(tuple(_image_samples(images or ())), 0, "images")
-    if split is not None:
-        known = sorted({s.split for s in rows.samples if s.split})
-        kept = tuple(s for s in rows.samples if s.split == split)
-        if not kept:
-            raise InputError(f"no row has split `{split}`", hint=f"splits in the table: {', '.join(known) or 'none'}")
-        rows = Rows(kept, rows.rejected, rows.name)
-    if not rows.samples:
-        raise InputError(f"no usable rows ({rows.rejected} rejected)", hint="`--debug` shows more")
-    return rows
+        raise InputError("give images or a table, one of the two", hint="name image files, or add `--table t.csv`")
+    if table is None:
+        return Rows(select_rows(_image_samples(images or ()), split), (), "images")
+    dataset = open_table(table, group=group, columns=columns, root=root, require=("image",))
+    return Rows(select_rows(dataset.samples, split), dataset.rejected, dataset.name)
+
+
+def select_rows(samples: Sequence[Sample], split: str | None) -> tuple[Sample, ...]:
+    """Return the samples of one split, or all.
+
+    Raises:
+        InputError: When no row has this split.
+    """
+    if split is None:
+        return tuple(samples)
+    kept = tuple(s for s in samples if s.split == split)
+    if not kept:
+        known = ", ".join(sorted({s.split for s in samples if s.split}))
+        raise InputError(f"no row has split `{split}`", hint=f"splits in the table: {known or 'none'}")
+    return kept
 
 
 def without_texts(samples: Sequence[Sample], pattern: str | None) -> tuple[Sample, ...]:
@@ -86,12 +114,45 @@ def without_texts(samples: Sequence[Sample], pattern: str | None) -> tuple[Sampl
     return kept
 
 
-def open_table(path: Path, *, group: str | None = None) -> Dataset:
-    """Open a table, taking ``group`` as the patient column when it is named."""
-    from chiasm.datasets.columns import Columns
-    from chiasm.datasets.table import load_table
+def open_table(
+    path: str | Path,
+    *,
+    group: str | None = None,
+    columns: Sequence[str] | None = None,
+    root: Path | None = None,
+    require: Sequence[Part] | None = None,
+    on_bad_row: Literal["skip", "fail"] = "skip",
+) -> Dataset:
+    """Open whatever :func:`chiasm.datasets.open_dataset` opens.
 
-    return load_table(path, columns=Columns(patient=group) if group else None)
+    Args:
+        path: Table, folder or shards.
+        group: Column of the patient.
+        columns: ``role=name`` of other columns; several ``text=`` are joined.
+        root: Folder of relative image paths.
+        require: What a row must have; None: all that the table has columns for.
+        on_bad_row: ``skip`` or ``fail``.
+    """
+    from chiasm.datasets import open_dataset
+
+    chosen = _columns(columns or (), group)
+    return open_dataset(path, columns=chosen, root=root, require=require, on_bad_row=on_bad_row)
+
+
+def _columns(words: Sequence[str], group: str | None) -> Columns | None:
+    from chiasm.datasets.columns import Columns
+
+    named: dict[str, list[str]] = {"patient": [group]} if group else {}
+    for word in words:
+        role, separator, name = word.partition("=")
+        if role not in ROLES or not separator:
+            raise InputError(f"--column must be ROLE=NAME, got `{word}`", hint=f"roles: {', '.join(ROLES)}")
+        named.setdefault(role, []).append(name)
+    for role, names in named.items():
+        if len(names) > 1 and role != "text":
+            raise InputError(f"the {role} column is named twice", hint="name one of them")
+    values: dict[str, Any] = {role: names[0] if len(names) == 1 else tuple(names) for role, names in named.items()}
+    return Columns(**values) if values else None
 
 
 def _image_samples(paths: Sequence[Path]) -> list[Sample]:
@@ -100,12 +161,31 @@ def _image_samples(paths: Sequence[Path]) -> list[Sample]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            found.extend(sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES))
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+            if not inside:
+                raise InputError(
+                    f"folder `{path.name}` holds no image", hint=f"endings: {' '.join(sorted(IMAGE_SUFFIXES))}"
+                )
+            found.extend(inside)
         elif not path.exists():
-            raise InputError(f"image `{path.name}` does not exist")
+            raise InputError(f"image `{path.name}` does not exist", hint="check the path")
         else:
             found.append(path)
-    return [Sample(id=str(p), image=p) for p in found]
+    return [Sample(id=str(p), image=p) for p in dict.fromkeys(found)]
+
+
+def say_rejected(log: RejectLog) -> None:
+    """Tell on standard error how many rows were left out and why, naming none of them."""
+    if len(log):
+        print(f"warning: {log.summary()}", file=sys.stderr)
+
+
+def is_file(text: str) -> bool:
+    """Return whether a word of the command line names a file; a long sentence is no file name, not an error."""
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def read_prompts(labels: str | None, labels_file: Path | None, *, pairs: bool, template: str | None) -> PromptSet:
@@ -147,10 +227,27 @@ def truth_columns(samples: Sequence[Sample], column: str, labels: Sequence[str])
         if name not in stated:
             raise InputError(
                 f"label `{label}` does not occur in column `{column}`",
-                hint=f"values there: {', '.join(sorted(stated)[:12])}; map names with --labels-file",
+                hint=f"{_values_there(samples, column)}; name the labels as the column does",
             )
         truth[label] = tuple(None if parts is None else int(name in [p.strip() for p in parts]) for parts in rows)
     return truth
+
+
+def _values_there(samples: Sequence[Sample], column: str) -> str:
+    """Return the classes of a column for a hint.
+
+    Whoever names a wrong column may have named one of patients: values of one group, and columns of many values, are
+    counted and never shown.
+    """
+    groups: dict[str, set[str]] = {}
+    for s in samples:
+        value = s.labels.get(column)
+        for part in () if value is None else str(value).lower().split("|"):
+            groups.setdefault(part.strip(), set()).add(s.group)
+    shared = sorted(value for value, of in groups.items() if len(of) > 1)
+    if len(groups) > MAX_SHOWN_CLASSES or not shared:
+        return f"it holds {len(groups)} different values, so it may be no column of classes"
+    return f"values there: {', '.join(shared)}"
 
 
 def load_encoder(model: str, *, device: str, family: str | None, allow_code: bool) -> Encoder:

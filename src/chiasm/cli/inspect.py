@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from chiasm.cli.output import CodeOption, DeviceOption, FamilyOption, JsonOption, ModelOption, print_json, print_table
+from chiasm.errors import InputError
 
 if TYPE_CHECKING:
     from chiasm.encoders.base import Encoder
@@ -29,6 +30,8 @@ def run(
     from chiasm.io.image import open_image
     from chiasm.tasks.inspection import inspect
 
+    if not all(text.strip() for text in texts):
+        raise InputError("a text is empty", hint='write what the image may show: "left pleural effusion"')
     encoder = load_encoder(model, device=device, family=family, allow_code=allow_code)
     shown = inspect(
         _raw(encoder, [open_image(image)], [image.name], "image"), _raw(encoder, list(texts), list(texts), "text")

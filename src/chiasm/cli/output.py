@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import functools
-import json
 import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any, ParamSpec
 
 import typer
@@ -55,8 +56,22 @@ def guard(function: Callable[P, None]) -> Callable[P, None]:
             # The reader (`head`, say) went away: nothing is wrong, and Python must not complain at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
+        except OSError as error:
+            if os.environ.get("CHIASM_DEBUG"):
+                raise
+            report_error(*_file_problem(error))
+            raise typer.Exit(1) from None
 
     return run
+
+
+def _file_problem(error: OSError) -> tuple[str, str]:
+    """Return message and hint for what the system refuses; of a path only its last part, as in all messages."""
+    file = f"`{Path(os.fsdecode(error.filename)).name}`" if isinstance(error.filename, str | bytes) else "a file"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"the disk is full: {file} could not be written", "free some space and run the same command again"
+    reason = (error.strerror or type(error).__name__).lower()
+    return f"{file} cannot be read or written: {reason}", "check that its folder exists and that you may write there"
 
 
 def _print_warning(message: Warning | str, *_: object, **__: object) -> None:
@@ -72,8 +87,10 @@ def report_error(message: str, hint: str | None) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON document; NaN and infinities are a bug and raise."""
-    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+    """Print one strict JSON document; a number that is not finite becomes null."""
+    from chiasm.io.manifest import to_json
+
+    print(to_json(value, indent=2))
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str | None = None) -> None:

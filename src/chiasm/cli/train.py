@@ -20,17 +20,23 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Train, then say what was reached on held-out patients and how to go on."""
+    from chiasm.train.loop import LAST
     from chiasm.train.recipe import load_recipe
     from chiasm.train.run import train
 
     plan = load_recipe(recipe, overrides or [])
-    result = train(
-        plan,
-        out=out or plan.run.out or Path("runs") / plan.name,
-        resume=resume,
-        overwrite=overwrite,
-        progress=make_progress(as_json, unit="steps"),
-    )
+    folder = Path(out or plan.run.out or Path("runs") / plan.name)
+    try:
+        result = train(
+            plan, out=folder, resume=resume, overwrite=overwrite, progress=make_progress(as_json, unit="steps")
+        )
+    except KeyboardInterrupt:
+        kept = (folder / LAST).exists()
+        raise KeyboardInterrupt(
+            "interrupted; the same command with `--resume` goes on from the last checkpoint"
+            if kept
+            else "interrupted before the first checkpoint; nothing was kept"
+        ) from None
     if as_json:
         print_json({**asdict(result), "best_dir": str(result.best_dir)})
         return

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from chiasm.cli.inputs import GroupOption, ImagesArgument, SplitOption, TableOption
+from chiasm.cli.inputs import ColumnOption, GroupOption, ImagesArgument, RootOption, SplitOption, TableOption
 from chiasm.cli.output import (
     BatchOption,
     CodeOption,
@@ -21,6 +21,7 @@ from chiasm.cli.output import (
     print_json,
     print_table,
 )
+from chiasm.errors import InputError
 
 
 def run(
@@ -43,6 +44,8 @@ def run(
         typer.Option("--truth", help="Column of the true class; `*`: a 0/1 column a label. Scores the result."),
     ] = None,
     group: GroupOption = None,
+    column: ColumnOption = None,
+    root: RootOption = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write every row's probabilities to this CSV.")] = None,
     device: DeviceOption = "cpu",
     batch_size: BatchOption = 32,
@@ -52,19 +55,26 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Embed, classify, print; score when the truth is named."""
-    from chiasm.cli.inputs import load_encoder, read_prompts, read_rows, truth_columns
+    from chiasm.cli.inputs import load_encoder, read_images, read_prompts, say_rejected, truth_columns
     from chiasm.embed import embed_images, embed_texts
     from chiasm.evaluate.scores import score_zero_shot
-    from chiasm.io.manifest import RejectLog
+    from chiasm.io.manifest import RejectLog, write_bytes_atomic
     from chiasm.tasks.zero_shot import build_classifier, classify
 
     prompts = read_prompts(labels, labels_file, pairs=multi, template=template)
-    rows = read_rows(images, table, group=group, split=split)
+    if len(prompts.labels) < 2 and not multi:
+        raise InputError(
+            f"`{prompts.names[0]}` is the only label, so it would always get probability 1",
+            hint="name two labels or more, or ask for yes and no with `--multi`",
+        )
+    if truth is not None and table is None:
+        raise InputError("`--truth` names a column, but no table was given", hint="add `--table t.csv`")
+    rows = read_images(images, table, group=group, columns=column, root=root, split=split)
     if truth is not None:
         truth_columns(rows.samples, truth, prompts.names)  # a wrong column fails before the images are embedded
     encoder = load_encoder(model, device=device, family=family, allow_code=allow_code)
     classifier = build_classifier(prompts, partial(embed_texts, encoder))
-    rejects = RejectLog()
+    rejects = RejectLog(rows.rejected)
     embedded = embed_images(
         encoder, rows.samples, batch_size=batch_size, rejects=rejects, progress=make_progress(as_json, unit="images")
     )
@@ -75,10 +85,9 @@ def run(
         columns = truth_columns([kept[i] for i in result.ids], truth, prompts.names)
         scores = score_zero_shot(result, columns, seed=seed)
     if out is not None:
-        result.to_frame().to_csv(out, index=False)
-    rejected = rows.rejected + len(rejects)
+        write_bytes_atomic(out, result.to_frame().to_csv(index=False).encode())
     if as_json:
-        document = {"data": rows.name, "rejected": rejected, **result.to_dict()}
+        document = {"data": rows.name, "rejected": len(rejects), "reasons": rejects.counts(), **result.to_dict()}
         if scores is not None:
             document["scores"] = scores.to_dict()
         print_json(document)
@@ -92,8 +101,7 @@ def run(
     print_table(("image", *("best", "second", "third")[: min(3, len(result.labels))]), table_rows)
     if shown < len(result):
         print(f"  ... {len(result) - shown} more; `--out FILE.csv` or `--json` gives all")
-    if rejected:
-        print(f"  {rejected} rows could not be used")
+    say_rejected(rejects)
     print(f"  space {result.space}, logit scale {result.logit_scale:.2f} ({result.logit_scale_source})")
     if scores is not None:
         print()

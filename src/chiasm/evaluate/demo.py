@@ -9,6 +9,7 @@ appear nowhere in it; the weights are chosen on validation patients, so nothing 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import platform
 import shutil
@@ -22,10 +23,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from chiasm import __version__
+from chiasm.errors import InputError
 from chiasm.evaluate.map_scores import PointingScores
 from chiasm.evaluate.scores import ZeroShotScores
 from chiasm.evaluate.search_scores import RetrievalScores
-from chiasm.io.manifest import write_json_atomic
+from chiasm.io.manifest import write_bytes_atomic, write_json_atomic
 from chiasm.progress import Progress, SilentProgress
 from chiasm.tasks.zero_shot import ZeroShotResult
 from chiasm.types import Embeddings, LabelValue
@@ -38,6 +40,9 @@ if TYPE_CHECKING:
     from chiasm.train.run import TrainResult
 
 RECIPE = Path(__file__).parent / "demo.toml"
+#: What a run replaces, and the file that says that a folder is a demo's.
+OWN_FILES = ("model", "data", "run", "results.json", "predictions.csv", "index.html")
+MARK = ".chiasm-demo"
 
 #: Findings whose place a heat map can be scored on, and how many images of each are explained.
 EXPLAINED = ("effusion", "pneumothorax", "consolidation", "nodule", "cardiomegaly", "device")
@@ -100,6 +105,9 @@ def run_demo(
     Returns:
         Intervals under ``zero_shot``, ``retrieval``, ``explain``; beside them ``seconds``, ``seed``, ``versions``,
         ``data``, ``training``.
+
+    Raises:
+        InputError: The folder holds files that a run would replace and that no demo made.
     """
     from chiasm.evaluate.demo_page import make_demo_page
     from chiasm.evaluate.page import save_page
@@ -107,7 +115,7 @@ def run_demo(
     settings = settings or DemoSettings()
     progress = progress or SilentProgress()
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    _claim(folder)
     began = time.perf_counter()
     trained = _train(folder, seed, settings, progress)
     test = _draw_test_set(folder, seed, settings, trained.recipe)
@@ -116,6 +124,31 @@ def run_demo(
     write_json_atomic(folder / "results.json", parts.results)
     save_page(make_demo_page(parts), folder / "index.html")
     return parts.results
+
+
+def _claim(folder: Path) -> None:
+    """Make the folder and mark it as the demo's, whose files a later demo may replace.
+
+    Raises:
+        InputError: The folder holds files of somebody else that a run would replace.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    foreign = [] if _is_demo(folder) else [name for name in OWN_FILES if (folder / name).exists()]
+    if foreign:
+        raise InputError(
+            f"folder `{folder.name}` holds `{foreign[0]}`, which no demo made and this one would replace",
+            hint="choose another folder with `--out`",
+        )
+    write_bytes_atomic(folder / MARK, b"`chiasm demo` made this folder and may replace what it made.\n")
+
+
+def _is_demo(folder: Path) -> bool:
+    if (folder / MARK).exists():
+        return True
+    try:  # from before demos left a mark
+        return json.loads((folder / "results.json").read_bytes()).get("synthetic") is True
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _train(folder: Path, seed: int, settings: DemoSettings, progress: Progress) -> Trained:
@@ -247,13 +280,14 @@ def _explain(encoder: Encoder, test: PhantomSet, progress: Progress) -> list[tup
 
 def _write_predictions(path: Path, result: ZeroShotResult, truth: dict[str, tuple[LabelValue, ...]]) -> None:
     """Write one line per image and label, so that anyone can compute the scores again."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["patient", "label", "truth", "score"])
-        for label in result.labels:
-            column = result.scores[:, result.column(label)]
-            for group, right, score in zip(result.groups, truth[label], column, strict=True):
-                writer.writerow([group, label, right, f"{score:.8g}"])
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["patient", "label", "truth", "score"])
+    for label in result.labels:
+        column = result.scores[:, result.column(label)]
+        for group, right, score in zip(result.groups, truth[label], column, strict=True):
+            writer.writerow([group, label, right, repr(float(score))])
+    write_bytes_atomic(path, text.getvalue().encode())
 
 
 def _circumstances(seed: int, trained: Trained, test: PhantomSet) -> dict[str, Any]:
