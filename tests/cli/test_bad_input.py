@@ -198,7 +198,8 @@ def test_labels_and_truth_that_cannot_be_used(chiasm: Run, model_dir: Path, imag
     )
     words = ("zero-shot", "--table", ten_rows, "--truth", "finding", *model)
     text = chiasm(*words, "--labels", "normal, nodule", code=1)
-    check_message(text, "label `nodule` does not occur in column `finding`", "values there: effusion, normal")
+    check_message(text, "label `nodule` does not occur in column `finding`, which holds 2 different values")
+    check_message(chiasm(*words, "--labels", "normal, efusion", code=1), "did you mean `effusion`?")
     labels = image.parent / "labels.json"
     for content, message in (
         ("{", "is not valid JSON"), ('{"a": []}', "label `a`"), ("[]", "no labels"), ("7", "must hold"),

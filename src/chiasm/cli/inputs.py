@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import sys
 from collections.abc import Sequence
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 
 #: What ``--column`` can name.
 ROLES = ("image", "text", "id", "patient", "study", "slide", "split")
-#: More classes than this are not listed in a hint.
-MAX_SHOWN_CLASSES = 30
 
 TableOption = Annotated[
     Path | None,
@@ -225,29 +224,15 @@ def truth_columns(samples: Sequence[Sample], column: str, labels: Sequence[str])
     stated = {part.strip() for parts in rows if parts for part in parts}
     for label, name in folded.items():
         if name not in stated:
+            # Whoever names a wrong column may have named one of people: its values are counted, not shown.
+            near = difflib.get_close_matches(name, stated, n=1)
             raise InputError(
-                f"label `{label}` does not occur in column `{column}`",
-                hint=f"{_values_there(samples, column)}; name the labels as the column does",
+                f"label `{label}` does not occur in column `{column}`"
+                + (f"; did you mean `{near[0]}`?" if near else f", which holds {len(stated)} different values"),
+                hint="name the labels as the column does; prompts can say it otherwise in a --labels-file",
             )
         truth[label] = tuple(None if parts is None else int(name in [p.strip() for p in parts]) for parts in rows)
     return truth
-
-
-def _values_there(samples: Sequence[Sample], column: str) -> str:
-    """Return the classes of a column for a hint.
-
-    Whoever names a wrong column may have named one of patients: values of one group, and columns of many values, are
-    counted and never shown.
-    """
-    groups: dict[str, set[str]] = {}
-    for s in samples:
-        value = s.labels.get(column)
-        for part in () if value is None else str(value).lower().split("|"):
-            groups.setdefault(part.strip(), set()).add(s.group)
-    shared = sorted(value for value, of in groups.items() if len(of) > 1)
-    if len(groups) > MAX_SHOWN_CLASSES or not shared:
-        return f"it holds {len(groups)} different values, so it may be no column of classes"
-    return f"values there: {', '.join(shared)}"
 
 
 def load_encoder(model: str, *, device: str, family: str | None, allow_code: bool) -> Encoder:
