@@ -47,6 +47,14 @@ def test_round_trip_through_toml(tmp_path: Path) -> None:
     assert config.build(Recipe, config.read_toml(path)) == recipe
 
 
+def test_only_what_differs_from_the_defaults_is_stated() -> None:
+    assert config.changed_fields(Recipe("a")) == {"name": "a"}
+    stated = Recipe("a", Optim(steps=3), tags=(), options={"k": 1}, fast=True)
+    assert config.changed_fields(stated) == {
+        "name": "a", "optim": {"steps": 3}, "options": {"k": 1}, "fast": True,
+    }  # fmt: skip
+
+
 @given(st.dictionaries(st.text(), st.text() | st.integers(-(2**60), 2**60) | st.booleans() | st.lists(st.text())))
 def test_any_mapping_survives_toml(values: dict[str, Any]) -> None:
     import tomllib

@@ -162,6 +162,18 @@ def to_mapping(config: Any) -> dict[str, Any]:
     return result
 
 
+def changed_fields(config: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass that differ from their defaults as plain values, for digests that must last."""
+    changed: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        value = getattr(config, f.name)
+        if value != default:
+            is_nested = dataclasses.is_dataclass(value) and not isinstance(value, type)
+            changed[f.name] = changed_fields(value) if is_nested else _plain(value)
+    return changed
+
+
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return to_mapping(value)

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +15,7 @@ from chiasm.train.contrastive import ContrastiveTask
 from chiasm.train.features import (
     CachedImages,
     LockedSides,
+    _digest,
     bare_image_tower,
     bare_text_tower,
     cache_image_features,
@@ -100,6 +104,17 @@ def test_the_cache_is_found_again_and_keyed_by_everything(tmp_path):
     cache_image_features(dual, pixels, 18, folder=tmp_path, describes=["a"], views=3)
     assert pixels.calls == calls, "the projection is no part of the locked tower"
     assert not list(tmp_path.glob(".*")), "no unfinished file is left"
+
+
+def test_the_key_holds_what_the_declaration_states_and_no_defaults(tmp_path):
+    """So a field that is added later leaves the names alone, and two towers with the same weights stay apart."""
+    dual, pixels = model(), Pixels()
+    assert "ln_eps" not in json.dumps(_digest(bare_image_tower(dual), dual.config.image))
+    for eps in (1e-5, 1e-5, 1e-3):
+        image = dataclasses.replace(dual.config.image, ln_eps=eps)
+        dual.config = dataclasses.replace(dual.config, image=image)
+        cache_image_features(dual, pixels, 18, folder=tmp_path, describes=0)
+    assert len(list(tmp_path.glob("image-*.npy"))) == 2
 
 
 def test_view_zero_is_what_validation_sees(tmp_path):

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from chiasm.config import changed_fields
 from chiasm.encoders.base import weights_digest
 from chiasm.encoders.dual import DualEncoder, ProjectedImageTower, ProjectedTextTower
 from chiasm.encoders.text import text_features
@@ -32,6 +33,8 @@ from chiasm.train.texts import TokenTable
 from chiasm.types import digest_of
 
 BATCH = 64
+#: Part of every name in the cache: a new number when a tower computes something else, or a field's default changes.
+VERSION = 1
 
 
 class LockedSides(nn.Module):
@@ -60,7 +63,7 @@ class LockedSides(nn.Module):
             "logit_scale": dual.logit_scale.exp(),
         }
         if dual.logit_bias is not None:
-            out["logit_bias"] = dual.logit_bias
+            out["logit_bias"] = dual.logit_bias.clone()
         if self.text:
             out["text_guide"] = F.normalize(ids, dim=-1)
         return out
@@ -212,8 +215,13 @@ def cache_text_features(
     return _cached(folder / f"text-{digest_of(key, 24)}.npy", batches, len(table.texts), progress)
 
 
-def _digest(tower: nn.Module, config: Any) -> list[str]:
-    return [weights_digest(tower.state_dict()), repr(config)]
+def _digest(tower: nn.Module, config: Any) -> list[Any]:
+    """Identify what a tower computes: version, weights, and what its declaration states beyond the defaults.
+
+    A field that is added later leaves the names of existing files alone. Code of the user's own (kind ``python``) is
+    known by its name only: after a change that leaves the weights alone, the cache must be deleted.
+    """
+    return [VERSION, weights_digest(tower.state_dict()), changed_fields(config)]
 
 
 def _run(tower: nn.Module, *inputs: Tensor) -> NDArray[np.float32]:
