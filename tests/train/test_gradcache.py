@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from chiasm.encoders.base import EncoderConfig, ImageTowerConfig, ProjectionConfig, TextTowerConfig
+from chiasm.encoders.build import build_encoder_model
+from chiasm.errors import ConfigError
 from chiasm.train.contrastive import ContrastiveTask, Pairs, contrastive_loss
 from chiasm.train.recipe import LossConfig, OptimConfig, TrainConfig
+from chiasm.types import Preprocess
 
 
 def gradients(model):
@@ -86,22 +90,41 @@ def test_weight_scales_gradients(tiny, colour_pairs):
         assert worst({n: g * 0.25 for n, g in gradients(one).items()}, gradients(quarter)) < 1e-6
 
 
-def test_batch_statistics_advance_once(tiny, colour_pairs):
-    batch = colour_pairs(8).batch(np.arange(8), np.random.default_rng(0))
-    shape = {"kind": "resnet", "width": 8, "layers": (1,), "heads": 2, "image_size": 16}
-    from chiasm.encoders.base import EncoderConfig, ImageTowerConfig, ProjectionConfig, TextTowerConfig
-    from chiasm.encoders.build import build_encoder_model
-    from chiasm.types import Preprocess
-
+def with_batch_statistics(kind, freeze):
+    """A ResNet tower, or a ViT behind a projection that standardises."""
+    small = {"image_size": 16, "heads": 2, "freeze": freeze}
+    tower = (
+        {"kind": "resnet", "width": 8, "layers": (1,)}
+        if kind == "resnet"
+        else {"patch_size": 8, "width": 16, "layers": 1}
+    )
     config = EncoderConfig(
-        ImageTowerConfig(**shape), TextTowerConfig(context_length=4, vocab_size=64, width=16, layers=1, heads=2),
-        ProjectionConfig(dim=8), tokenizer={"kind": "clip", "context_length": 4}, preprocess=Preprocess(size=16),
+        ImageTowerConfig(**small, **tower), TextTowerConfig(context_length=4, vocab_size=64, width=16, layers=1, heads=2),
+        ProjectionConfig(dim=8, standardize=() if kind == "resnet" else ("image",)),
+        tokenizer={"kind": "clip", "context_length": 4}, preprocess=Preprocess(size=16),
     )  # fmt: skip
-    model = build_encoder_model(config, seed=0)
-    run(model, batch, 4, LossConfig())
-    counts = {n: int(b) for n, b in model.named_buffers() if n.endswith("num_batches_tracked")}
-    assert counts
-    assert set(counts.values()) == {2}, "two chunks, each counted once although it ran twice"
+    return build_encoder_model(config, seed=0)
+
+
+@pytest.mark.parametrize("kind", ["resnet", "standardize"])
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_batch_statistics_of_a_chunk_are_refused(colour_pairs, kind, chunk):
+    """They are not those of the batch, and those of a chunk of one do not exist."""
+    batch = colour_pairs(8).batch(np.arange(8), np.random.default_rng(0))
+    model = with_batch_statistics(kind, freeze=kind == "standardize")
+    with pytest.raises(ConfigError, match=f"`optim.grad_cache_chunk` is {chunk}, but `visual") as caught:
+        run(model, batch, chunk, LossConfig())
+    assert "hint: leave `grad_cache_chunk` out" in str(caught.value)
+    assert not gradients(model)
+    run(model, batch, 8, LossConfig())  # a chunk that is the batch changes nothing
+    assert gradients(model)
+
+
+def test_locked_batch_statistics_stand_still_and_may_be_chunked(colour_pairs):
+    batch = colour_pairs(8).batch(np.arange(8), np.random.default_rng(0))
+    _, full = run(with_batch_statistics("resnet", freeze=True), batch, None, LossConfig())
+    _, cached = run(with_batch_statistics("resnet", freeze=True), batch, 3, LossConfig())
+    assert worst(cached, full) < 1e-5
 
 
 def test_bf16_stays_near_and_returns_float32(tiny, colour_pairs):

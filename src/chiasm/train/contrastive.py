@@ -5,14 +5,14 @@ and batches of pixels, tokens and keys. Goes out: gradients and the loss.
 
 Three ways to a larger batch, which are not the same. *Accumulation* sums gradients of batches that never see each
 other: less noise, no more negatives. *GradCache* contrasts the whole batch while only a chunk's activations are in
-memory; its gradient is that of the whole batch. *More processes* contrast the pairs of all of them. Models with batch
-statistics (ResNet towers) normalise per chunk under GradCache; everything else is equal to rounding.
+memory; its gradient is that of the whole batch, to rounding, so models whose BatchNorm would see a chunk in place of
+the batch are refused. *More processes* contrast the pairs of all of them; BatchNorm sees those of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -229,9 +229,10 @@ class ContrastiveTask:
 
     def _backward_cached(self, batch: Pairs, weight: float, sync: bool, chunk: int) -> float:
         """Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", section 3.2."""
+        _check_batch_statistics(self.model, chunk)
         parts = [slice(i, min(i + chunk, len(batch.keys))) for i in range(0, len(batch.keys), chunk)]
         states, collected = [], []
-        with torch.no_grad(), _standing_statistics(self.model):
+        with torch.no_grad():
             for part in parts:
                 states.append(_random_state(self.device))
                 collected.append(self._features(_part(batch, part)))
@@ -283,14 +284,13 @@ def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device)
         torch.cuda.set_rng_state(state[1], device)
 
 
-@contextmanager
-def _standing_statistics(model: nn.Module) -> Iterator[None]:
-    """Undo what a forward pass does to running statistics, which the second pass will do again."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
-    kept = [{n: b.clone() for n, b in m.named_buffers(recurse=False)} for m in norms]
-    try:
-        yield
-    finally:
-        for norm, buffers in zip(norms, kept, strict=True):
-            for name, value in buffers.items():
-                getattr(norm, name).copy_(value)
+def _check_batch_statistics(model: nn.Module, chunk: int) -> None:
+    """Refuse layers that would normalise each chunk by itself: neither loss nor gradient would be the batch's."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+            raise ConfigError(
+                f"`optim.grad_cache_chunk` is {chunk}, but `{name}` normalises by the statistics of its batch, which "
+                "a chunk does not have",
+                hint="leave `grad_cache_chunk` out (`accumulate` saves memory, too), lock the tower with "
+                "`freeze = true`, or leave it out of `projection.standardize`",
+            )

@@ -155,7 +155,8 @@ class OptimConfig:
     ``batch_size`` pairs are contrasted with each other: they are the negatives. ``accumulate`` averages the gradients
     of that many such batches before a step: less noise, but NO more negatives. ``grad_cache_chunk`` runs one batch
     through the towers in pieces of that size and still contrasts all of it: the gradient of the full batch at the
-    memory of a piece, for one more forward pass (Gao et al. 2021). Both may be combined.
+    memory of a piece, for one more forward pass (Gao et al. 2021); BatchNorm that trains is refused with it, because a
+    piece's statistics are not the batch's. Both may be combined.
 
     Attributes:
         lr: Peak rate.
