@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from safetensors.torch import load_file
 
 from chiasm.checkpoints.native import read_model_dir
 from chiasm.config import read_toml
+from chiasm.data.tokens import TruncationWarning
 from chiasm.encoders.base import EncoderConfig
 from chiasm.encoders.build import build_encoder_model
 from chiasm.errors import CheckpointError, ConfigError, FileFormatError, InputError, MissingExtra, TrainingError
@@ -35,7 +38,7 @@ heads = 2
 width = 32
 layers = 1
 heads = 2
-context_length = 48
+context_length = 77
 [projection]
 dim = 16
 [tokenizer]
@@ -195,7 +198,7 @@ def test_a_table_with_label_templates_and_a_broken_image(recipe, tmp_path):
     values = [
         "data.patients=2", 'data.source="table.csv"', 'data.texts=["{kind} on the left", "we see {kind}"]',
         'data.words={kind={"0"=["a pillar", "a bar"], "1"=["a block"]}}', "data.near_duplicates=false",
-        "run.select=text_choice_accuracy", 'loss.kind="multi_positive"',
+        "run.select=text_choice_accuracy", 'loss.kind="multi_positive"', "text.context_length=48",
     ]  # fmt: skip
     text = PHANTOMS.replace('phantoms = "chest"', "")
     (tmp_path / "tiny.toml").write_text(text)
@@ -209,6 +212,43 @@ def test_a_table_with_label_templates_and_a_broken_image(recipe, tmp_path):
         assert "7.png" not in (out / "results.jsonl").read_text()
     with pytest.raises(FileFormatError, match="is not an image"):
         train(recipe(*values, 'data.on_bad_row="fail"'), out=tmp_path / "strict")
+
+
+@pytest.mark.parametrize("memory", ["auto", "never"])
+def test_webdataset_shards(recipe, tmp_path, memory):
+    rng = np.random.default_rng(0)
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"part-{shard}.tar", "w") as archive:
+            for i in range(20 * shard, 20 * shard + 20):
+                png = io.BytesIO()
+                Image.fromarray(rng.integers(0, 256, (40, 36), np.uint8)).save(png, "PNG")
+                content = {
+                    "png": png.getvalue(),
+                    "txt": f"number {i}".encode(),
+                    "json": b'{"patient_id": %d}' % (i // 2),
+                }
+                if i == 7:
+                    content["png"] = content["png"][:60]
+                for suffix, value in content.items():
+                    member = tarfile.TarInfo(f"{i:03d}.{suffix}")
+                    member.size = len(value)
+                    archive.addfile(member, io.BytesIO(value))
+    (tmp_path / "tiny.toml").write_text(PHANTOMS.replace('phantoms = "chest"', 'source = "part-{0..1}.tar"'))
+    values = ("data.near_duplicates=false", f'data.in_memory="{memory}"', "optim.epochs=1", "optim.batch_size=8")
+    result = train(recipe("data.patients=2", *values), out=tmp_path / "run")
+    model, _ = rebuilt(result.best_dir)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    pairs = [result.data[side] for side in ("train", "validation")]
+    assert sum(side["pairs"] for side in pairs) == 40
+    assert sum(side["groups"] for side in pairs) == 20
+    assert len(read_jsonl(tmp_path / "run" / "rejected.jsonl")) == 1, "the image that is cut off"
+
+
+def test_texts_that_lose_their_ends_are_told(recipe, tmp_path):
+    with pytest.warns(TruncationWarning, match="distinct texts are longer than 8 tokens") as caught:
+        result = train(recipe("optim.epochs=1", "data.patients=30", "text.context_length=8"), out=tmp_path / "run")
+    assert str(caught[0].message).startswith(f"{result.data['truncated_texts']} ")
+    assert json.loads((tmp_path / "run" / "data.json").read_text())["truncated_texts"] > 0
 
 
 def test_starting_from_a_model(recipe, tmp_path):
@@ -238,7 +278,6 @@ def test_missing_trackers_are_named(recipe, tmp_path, monkeypatch):
 
 
 def test_tensorboard_events(recipe, tmp_path):
-    pytest.importorskip("tensorboard")
     train(recipe("optim.epochs=1", 'run.log=["tensorboard"]'), out=tmp_path / "run")
     (events,) = (tmp_path / "run" / "tensorboard").iterdir()
     assert b"train/loss" in events.read_bytes()

@@ -20,8 +20,9 @@ import torch
 from torch import nn
 
 from chiasm.checkpoints.native import save_model_dir
-from chiasm.config import to_toml
+from chiasm.config import changed_fields, to_toml
 from chiasm.data.augment import Augment
+from chiasm.data.tokens import TruncationWarning
 from chiasm.encoders.build import build_encoder_model
 from chiasm.encoders.dual import DualEncoder
 from chiasm.errors import ConfigError, InputError
@@ -175,6 +176,13 @@ def train(
     train_rows = maker.rows(pairs.train, rejects, train=True)
     validation_rows = maker.rows(pairs.validation, rejects, train=False) if len(pairs.validation) >= 2 else None
     data = {**pairs.summary(), "rejected": len(rejects), "truncated_texts": maker.truncated}
+    if maker.truncated and group.is_main:
+        warnings.warn(
+            f"{maker.truncated} distinct texts are longer than {tokenizer.context_length} tokens and are trained on "
+            "without their ends",
+            TruncationWarning,
+            stacklevel=2,
+        )
     if group.is_main:
         for leftover in folder.glob(".*.part"):  # of a run that was killed while it wrote
             leftover.unlink(missing_ok=True)
@@ -273,8 +281,8 @@ class _RowsMaker:
             fail = recipe.data.on_bad_row == "fail"
             usable = readable(table, rejects=rejects, fail=fail, cache=self.cache, progress=self.progress)
         described = [
-            preprocess.to_dict(),
-            None if augment is None else augment.to_dict(),
+            changed_fields(preprocess),
+            None if augment is None else changed_fields(augment),
             None if usable.arrays is None else array_digest(usable.arrays),
             file_facts(usable.samples),
         ]
