@@ -176,7 +176,7 @@ class DualEncoder(nn.Module):
             "logit_scale": self.logit_scale.exp(),
         }
         if self.logit_bias is not None:
-            out["logit_bias"] = self.logit_bias
+            out["logit_bias"] = self.logit_bias.clone()  # not the leaf itself, on which wrappers would hang their hooks
         return out
 
     def patch_features(self, images: Tensor, normalize: bool = True, mode: PatchMode = "auto") -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from chiasm.encoders.base import weights_digest
 from chiasm.errors import CheckpointError, TrainingError
+from chiasm.train.distributed import spread_like, whole
 from chiasm.train.optim import plain_name
 
 FORMAT = "chiasm-training-1"
@@ -65,7 +66,7 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 
 def locked_digest(model: nn.Module) -> str:
     """Return the digest of the locked parameters; empty when nothing is locked."""
-    locked = {plain_name(n): p for n, p in model.named_parameters() if not p.requires_grad}
+    locked = {plain_name(n): whole(p) for n, p in model.named_parameters() if not p.requires_grad}
     return weights_digest(locked) if locked else ""
 
 
@@ -76,8 +77,11 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer | None = None,
     position: Position,
     locked: str | None = None,
+    write: bool = True,
 ) -> None:
     """Write weights, optimizer state and position atomically.
+
+    When the weights are spread over several processes, all of them must call this, since each holds a part.
 
     Args:
         path: A ``.safetensors`` file; an existing one is replaced in one step.
@@ -85,16 +89,19 @@ def save_checkpoint(
         optimizer: None for a file that only holds weights (the best ones).
         position: Where the run stands.
         locked: :func:`locked_digest` if the caller has it already.
+        write: Whether this process is the one that writes.
 
     Raises:
         TrainingError: When the file cannot be written (full disk, no permission); the file before it is intact.
     """
-    tensors = {f"model/{n}": t for n, t in trained_state(model).items()}
+    tensors = {f"model/{n}": whole(t) for n, t in trained_state(model).items()}
     if optimizer is not None:
         for group in optimizer.param_groups:
             for name, parameter in zip(group["names"], group["params"], strict=True):
                 for slot, value in optimizer.state.get(parameter, {}).items():
-                    tensors[f"optim/{name}/{slot}"] = value
+                    tensors[f"optim/{name}/{slot}"] = whole(value)
+    if not write:
+        return
     header = {
         "format": FORMAT,
         "locked": locked_digest(model) if locked is None else locked,
@@ -189,7 +196,7 @@ def load_checkpoint(path: str | Path, model: nn.Module, *, optimizer: torch.opti
     states = _optimizer_states(path, optimizer, tensors) if optimizer is not None else None
     with torch.no_grad():
         for name, tensor in target.items():
-            tensor.copy_(weights[name])
+            tensor.copy_(spread_like(weights[name], tensor))
     if optimizer is not None:
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": states, "param_groups": groups})
@@ -220,6 +227,8 @@ def _laid_out(value: Tensor, parameter: Tensor | None) -> Tensor:
     """
     if parameter is None or parameter.shape != value.shape:
         return value.clone()
+    if hasattr(parameter, "device_mesh"):
+        return spread_like(value, parameter)
     return torch.empty_like(parameter, dtype=value.dtype, device="cpu", requires_grad=False).copy_(value)
 
 

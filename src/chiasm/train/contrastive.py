@@ -30,7 +30,7 @@ from chiasm.losses.contrastive import (
     positives_from_keys,
     siglip,
 )
-from chiasm.train.distributed import Group, gather_constants, gather_rows, no_sync, wrap
+from chiasm.train.distributed import Group, finish_gradients, gather_constants, gather_rows, no_sync, wrap
 
 if TYPE_CHECKING:
     import numpy as np
@@ -162,7 +162,8 @@ class ContrastiveTask:
     Args:
         model: Forward pass ``(pixels, ids, lengths)`` -> features as :func:`contrastive_loss` wants them.
         config: Loss, precision and chunk size.
-        group: The processes; with more than one, what is called is wrapped in DistributedDataParallel.
+        group: The processes; with more than one, what is called is wrapped in DistributedDataParallel, or its weights
+            are spread over them (``run.shard``).
         called: Module around ``model`` that is called in its place (``features.LockedSides``); None: ``model``.
 
     Attributes:
@@ -176,7 +177,7 @@ class ContrastiveTask:
         self.model = model
         self.config = config
         self.group = group or Group()
-        self.module = wrap(called or model, self.group)
+        self.module = wrap(called or model, self.group, shard=config.run.shard)
         self.device = next(model.parameters()).device
 
     def backward(self, batch: Pairs, *, weight: float = 1.0, sync: bool = True) -> float:
@@ -190,12 +191,12 @@ class ContrastiveTask:
         batch = self._placed(batch)
         chunk = self.config.optim.grad_cache_chunk
         if chunk is not None and chunk < len(batch.keys):
-            return self._backward_cached(batch, weight, sync, chunk)
-        with nullcontext() if sync else no_sync(self.module):
-            loss = self._loss(self._features(batch), batch.keys)
-            if loss.requires_grad:
-                (loss * weight).backward()  # type: ignore[no-untyped-call]
-        return float(loss.detach())
+            value = self._backward_cached(batch, weight, sync, chunk)
+        else:
+            value = self._backward_whole(batch, weight, sync)
+        if sync:
+            finish_gradients(self.module, self.group)
+        return value
 
     def after_step(self) -> None:
         """Keep the multiplier of cosines at or below 100."""
@@ -226,6 +227,13 @@ class ContrastiveTask:
 
     def _loss(self, features: dict[str, Tensor], keys: Sequence[str]) -> Tensor:
         return contrastive_loss(features, keys, config=self.config.loss, group=self.group)
+
+    def _backward_whole(self, batch: Pairs, weight: float, sync: bool) -> float:
+        with nullcontext() if sync else no_sync(self.module):
+            loss = self._loss(self._features(batch), batch.keys)
+            if loss.requires_grad:
+                (loss * weight).backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
 
     def _backward_cached(self, batch: Pairs, weight: float, sync: bool, chunk: int) -> float:
         """Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", section 3.2."""

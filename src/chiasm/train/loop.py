@@ -26,7 +26,15 @@ from chiasm.data.loader import Batches
 from chiasm.errors import CheckpointError, ConfigError, InputError, TrainingError
 from chiasm.progress import Progress, SilentProgress
 from chiasm.train.checkpoint import Position, load_checkpoint, locked_digest, read_position, save_checkpoint
-from chiasm.train.distributed import Group, current_group, local_slice, mean_over_ranks
+from chiasm.train.distributed import (
+    Group,
+    clip_gradients,
+    current_group,
+    local_slice,
+    mean_over_ranks,
+    of_main,
+    wait_for_all,
+)
 from chiasm.train.log import RunLog, open_log
 from chiasm.train.optim import learning_rate, make_optimizer, set_learning_rate
 from chiasm.train.recipe import LOWER_IS_BETTER, TrainConfig
@@ -215,6 +223,7 @@ class Loop:
                     position = self._steps(position, optimizer, log, progress)
                 finally:
                     progress.finish()
+        wait_for_all(self.group)  # the first process has written the best weights, which all may read now
         return LoopResult(
             steps=position.step,
             metrics=dict(position.best_metrics or position.last or {}),
@@ -297,7 +306,7 @@ class Loop:
         if not math.isfinite(loss):
             raise self._not_a_number("the loss", step)
         bound = math.inf if config.clip_norm is None else config.clip_norm
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, bound))
+        norm = clip_gradients(parameters, bound)
         if not math.isfinite(norm):
             raise self._not_a_number("the gradient", step)
         optimizer.step()
@@ -325,12 +334,11 @@ class Loop:
         if position.done and position.best is None:  # nothing was selected: the last weights are the best
             position, improved = replace(position, best_step=step, best_metrics=position.last), True
         save_due = step % run.save_every == 0 if run.save_every else due
-        if self.group.is_main and (improved or save_due or position.done):
+        if improved or save_due or position.done:
+            kept: dict[str, Any] = {"position": position, "locked": self._locked, "write": self.group.is_main}
             if improved:
-                save_checkpoint(self.out / BEST, self.task.model, position=position, locked=self._locked)
-            save_checkpoint(
-                self.out / LAST, self.task.model, optimizer=optimizer, position=position, locked=self._locked
-            )
+                save_checkpoint(self.out / BEST, self.task.model, **kept)
+            save_checkpoint(self.out / LAST, self.task.model, optimizer=optimizer, **kept)
         return position
 
     def _selected(self, position: Position, log: RunLog) -> tuple[Position, bool]:
@@ -338,7 +346,7 @@ class Loop:
         model, select = self.task.model, self.config.run.select
         model.eval()
         try:
-            metrics = self.validate()
+            metrics = of_main(self.validate(), self.group)
         finally:
             model.train()
         log.write("validation", position.step, metrics)

@@ -98,16 +98,21 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     return list(groups.values())
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Return AdamW over :func:`parameter_groups`, fused where every parameter allows it.
-
-    Parts whose factor is 0 are locked first, so that no gradient is computed for them.
-    """
+def lock_parts(model: nn.Module, config: OptimConfig) -> None:
+    """Lock the parts of a model whose factor of the rate is 0."""
     for part, factor in _factors(config).items():
         if factor == 0.0:
             for name, parameter in model.named_parameters():
                 if part_of(name) == part:
                     parameter.requires_grad_(False)
+
+
+def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """Return AdamW over :func:`parameter_groups`, fused where every parameter allows it.
+
+    Parts whose factor is 0 are locked first, so that no gradient is computed for them.
+    """
+    lock_parts(model, config)
     groups = parameter_groups(model, config)
     tensors = [p for g in groups for p in g["params"]]
     fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in tensors)

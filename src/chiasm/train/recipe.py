@@ -239,6 +239,8 @@ class RunConfig:
         patience: Stop after this many validations without a better value; 0: never.
         validation_limit: Validate on at most this many pairs.
         device: ``cpu``, ``cuda``, ``cuda:1`` ...
+        shard: With several processes (``torchrun``): spread weights, gradients and optimizer state over them (FSDP2)
+            instead of keeping all in each (DistributedDataParallel).
         workers: Threads that prepare batches ahead; 0: none.
         cache_features: Compute the outputs of locked towers once and train on them.
         feature_cache: Folder of that cache, which runs may share; None: in the run's own folder.
@@ -254,6 +256,7 @@ class RunConfig:
     patience: int = 0
     validation_limit: int = 5000
     device: str = "cpu"
+    shard: bool = False
     workers: int = 1
     cache_features: bool = True
     feature_cache: str | None = None

@@ -30,7 +30,7 @@ from chiasm.io.manifest import RejectLog, write_bytes_atomic, write_json_atomic,
 from chiasm.progress import Progress
 from chiasm.train.checkpoint import load_checkpoint
 from chiasm.train.contrastive import ContrastiveTask, PairSource
-from chiasm.train.distributed import current_group, join_group
+from chiasm.train.distributed import current_group, is_sharded, join_group, wait_for_all
 from chiasm.train.features import (
     CachedImages,
     LockedSides,
@@ -41,6 +41,7 @@ from chiasm.train.features import (
 from chiasm.train.images import array_digest, file_images, images_of, readable
 from chiasm.train.loop import LAST, Loop, LoopResult
 from chiasm.train.machine import prepare_for_training
+from chiasm.train.optim import lock_parts
 from chiasm.train.pairs import OpenedPairs, PairTable, file_facts, open_pairs
 from chiasm.train.recipe import Recipe, TrainConfig, resolve_augment
 from chiasm.train.sources import ImageBatch, PairRows
@@ -191,10 +192,15 @@ def train(
         write_json_atomic(folder / "data.json", data)
     sides = _Sides(maker.called(), validation_rows, digest_of([recipe.digest, data["digest"], len(train_rows)]))
     result = _run_loop(model, train_rows, recipe.training, folder, sides, resume, progress)
+    if is_sharded(model):  # for saving, every process takes the whole model again
+        model, tokenizer = _build(recipe, pairs)
+        lock_parts(model, recipe.optim)
+        load_checkpoint(result.best, model)
     best = folder / MODEL
     if group.is_main:
         write_rejected(folder / "rejected.jsonl", rejects.items)
         _save(best, recipe, model, tokenizer, result, data)
+    wait_for_all(group)
     return TrainResult(
         best, result.metrics, result.best_step, result.steps, time.perf_counter() - began, result.stopped_early, data
     )  # fmt: skip
