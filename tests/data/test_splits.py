@@ -166,6 +166,18 @@ def test_the_same_picture_is_found_in_every_disguise(tmp_path: Path) -> None:
     assert check_leakage({"train": train, "test": other}, near_duplicates=False).is_clean
 
 
+@pytest.mark.parametrize("way", list(Image.Transpose))
+def test_mirrored_and_turned_copies_are_found(tmp_path: Path, way: Image.Transpose) -> None:
+    train = [saved(tmp_path, f"t{i}.png", scene(i)) for i in range(12)]
+    copy = scene(3).transpose(way).resize((90, 80), Image.Resampling.BICUBIC)
+    other = [saved(tmp_path, "other.png", scene(99)), saved(tmp_path, "copy.jpg", copy, quality=80)]
+    report = check_leakage({"train": train, "test": other}, refuse=False)
+    assert [leak.rows for leak in report.leaks] == [(("train", 3), ("test", 1))]
+    assert report.leaks[0].kind == "near-duplicate image"
+    assert check_leakage({"train": train, "test": other}, turned=False).is_clean
+    assert merge_groups_by_duplicates([train[3], *other])[2] == merge_groups_by_duplicates([train[3], *other])[0]
+
+
 def test_different_pictures_are_not_confused(tmp_path: Path) -> None:
     samples = [saved(tmp_path, f"{i}.png", scene(i)) for i in range(60)]
     flat = [saved(tmp_path, f"flat{i}.png", Image.new("L", (50, 50), 100 + i)) for i in range(4)]

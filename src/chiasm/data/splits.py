@@ -177,6 +177,7 @@ def check_leakage(
     samples_by_split: Mapping[str, Sequence[Sample]],
     *,
     near_duplicates: bool = True,
+    turned: bool = True,
     image_loader: ImageLoader = open_image_path,
     max_hamming: int = 8,
     min_correlation: float = 0.99,
@@ -190,6 +191,7 @@ def check_leakage(
     Args:
         samples_by_split: Name of each split -> its samples.
         near_duplicates: Whether to open and compare the images.
+        turned: Whether mirrored and turned copies count too.
         image_loader: Opens the image at a path.
         max_hamming: Bits by which the hashes of near-duplicates may differ.
         min_correlation: Of the small pictures of near-duplicates, at least.
@@ -219,7 +221,10 @@ def check_leakage(
         prints = fingerprint_images(samples, image_loader=image_loader)
         images, unreadable = len(prints.rows), prints.unreadable
         sides = [where[row][0] for row in prints.rows]
-        for pair in find_duplicates(prints, sides=sides, max_hamming=max_hamming, min_correlation=min_correlation):
+        pairs = find_duplicates(
+            prints, sides=sides, turned=turned, max_hamming=max_hamming, min_correlation=min_correlation
+        )
+        for pair in pairs:
             kind = "image" if pair.exact else "near-duplicate image"
             leaks.append(Leak(kind, (where[pair.first], where[pair.second])))
     leaks.sort(key=lambda leak: leak.kind == "near-duplicate image")
@@ -235,6 +240,7 @@ def merge_groups_by_duplicates(
     samples: Sequence[Sample],
     *,
     near: bool = True,
+    turned: bool = True,
     image_loader: ImageLoader = open_image_path,
     max_hamming: int = 8,
     min_correlation: float = 0.99,
@@ -257,6 +263,7 @@ def merge_groups_by_duplicates(
         prints,
         sides=[groups[row] for row in prints.rows],
         near=near,
+        turned=turned,
         max_hamming=max_hamming,
         min_correlation=min_correlation,
     )
