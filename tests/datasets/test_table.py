@@ -310,15 +310,9 @@ def test_hostile_files_get_a_clear_error(
         load_table(tmp_path / name)
 
 
-def test_missing_table_and_embedded_images_and_bad_separator(tmp_path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+def test_missing_table_and_bad_separator(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"`none\.csv` does not exist"):
         load_table(tmp_path / "deep" / "none.csv")
-    pq.write_table(pa.Table.from_pylist([{"image": {"bytes": b"x", "path": None}}]), tmp_path / "t.parquet")
-    with pytest.raises(InputError, match="holds image bytes"):
-        load_table(tmp_path / "t.parquet")
     with pytest.raises(InputError, match="one character"):
         load_table(write(tmp_path / "t.csv", "a::b\n1::2\n"), columns=Columns(separator="::"))
 

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from chiasm.errors import InputError, UnknownName
@@ -148,8 +149,8 @@ def is_unique(values: Sequence[object]) -> bool:
 
 
 def _looks_like_paths(values: Sequence[object]) -> bool:
-    if any(isinstance(v, Mapping) for v in values[:10]):
-        return True  # refused later with a clear message: images embedded in a Parquet file
+    if any(isinstance(v, Path) for v in values[:10]):
+        return True  # images inside a Parquet file
     shown = [str(v) for v in values if not is_missing(v)][:200]
     ends = sum(v.rpartition(".")[2].casefold() in SUFFIXES for v in shown)
     return bool(shown) and 2 * ends >= len(shown)

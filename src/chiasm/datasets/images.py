@@ -1,20 +1,29 @@
-"""The image of a sample, wherever it lies: a file of its own, or a member of an uncompressed tar shard.
+"""The image of a sample, wherever it lies: a file of its own, a member of a tar shard, a cell of a Parquet file.
 
-A member is written as a path through the shard, ``shards/train-000.tar/0001.jpg``: nothing is ever unpacked, the bytes
-are read at their offset when the sample is opened. `open_sample_image` is the one door for training, embedding and
-leakage checks.
+A member is written as a path through the file, ``shards/train-000.tar/0001.jpg`` or ``table.parquet/image/12``. Plain
+tars are never unpacked, the bytes are read at their offset when the sample is opened; compressed tars and Parquet files
+are unpacked once a process, see `chiasm.datasets.packed`. `open_sample_image` is the one door for training, embedding
+and leakage checks.
 """
 
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
+from chiasm.datasets.packed import (
+    GZIP_SUFFIXES,
+    PARQUET_SUFFIXES,
+    TAR_SUFFIXES,
+    Shard,
+    spool,
+    unpack_gzip,
+    unpack_parquet,
+)
 from chiasm.errors import ChiasmError, FileFormatError, InputError
 from chiasm.io.image import MAX_PIXELS, open_image
 from chiasm.io.manifest import Rejected
@@ -22,21 +31,6 @@ from chiasm.types import Sample
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-
-@dataclass(frozen=True)
-class Shard:
-    """What a tar shard holds.
-
-    Attributes:
-        members: Name -> offset and size of the bytes, in the order of the file.
-        refused: Names that are no plain files or that point outside the shard.
-        damaged: Whether the file ends early; the members before the damage can be read.
-    """
-
-    members: Mapping[str, tuple[int, int]]
-    refused: tuple[str, ...]
-    damaged: bool
 
 
 def open_sample_image(sample: Sample, *, max_pixels: int = MAX_PIXELS) -> Image:
@@ -73,10 +67,10 @@ def image_exists(path: Path) -> bool:
 
 
 def split_member(path: Path) -> tuple[Path, str] | None:
-    """Return shard and member of a path that leads through a tar file, or None for any other path."""
+    """Return file and member of a path that leads through a tar or Parquet file, or None for any other path."""
     parts = path.parts
     for i, part in enumerate(parts[:-1]):
-        if part.casefold().endswith(".tar"):
+        if part.casefold().endswith((*TAR_SUFFIXES, *GZIP_SUFFIXES, *PARQUET_SUFFIXES)):
             shard = Path(*parts[: i + 1])
             if shard.is_file():
                 return shard, PurePosixPath(*parts[i + 1 :]).as_posix()
@@ -89,53 +83,77 @@ def read_member(shard: Path, name: str) -> bytes:
     Raises:
         InputError: The shard has no such member.
     """
-    place = index_shard(shard).members.get(name)
+    index = index_shard(shard)
+    place = index.members.get(name)
     if place is None:
         raise InputError(f"shard `{shard.name}` has no such member")
     offset, size = place
+    if index.unpacked:
+        return spool().read(offset, size)
     with shard.open("rb") as file:
         file.seek(offset)
         return file.read(size)
 
 
 def index_shard(shard: Path) -> Shard:
-    """Return what a shard holds; only headers are read, once for each version of the file.
+    """Return what a shard holds, read once for each version of the file: of a plain tar its headers only.
 
     Raises:
-        InputError: The file is absent.
-        FileFormatError: It is no tar file, or a compressed one, which cannot be read at an offset.
+        InputError: The file is absent, or too large to be unpacked.
+        FileFormatError: It is not what its ending says.
     """
     try:
         state = shard.stat()
     except OSError:
         raise InputError(f"shard `{shard.name}` does not exist") from None
+    name = shard.name.casefold()
+    if name.endswith((*GZIP_SUFFIXES, *PARQUET_SUFFIXES)):
+        with spool().lock:  # several workers may ask at once
+            return _index_packed(shard, state.st_mtime_ns, state.st_size)
     return _index_shard(shard, state.st_mtime_ns, state.st_size)
+
+
+@cache  # what is unpacked stays, so it must not be forgotten
+def _index_packed(shard: Path, modified_ns: int, size: int) -> Shard:
+    if shard.name.casefold().endswith(PARQUET_SUFFIXES):
+        return unpack_parquet(shard)
+    start, end, torn = unpack_gzip(shard)
+    spool().file.seek(start)
+    found = _read_headers(shard, spool().file, start, end)
+    if not (found.members or found.refused):  # tarfile takes nonsense for the end unless it stands at offset 0
+        spool().cut(start)
+        raise FileFormatError(f"`{shard.name}` is not a tar file, or an empty one")
+    return Shard(found.members, found.refused, found.damaged or torn, unpacked=True)
 
 
 @lru_cache(maxsize=1024)
 def _index_shard(shard: Path, modified_ns: int, size: int) -> Shard:
+    return _read_headers(shard, None, 0, size)
+
+
+def _read_headers(shard: Path, file: IO[bytes] | None, start: int, end: int) -> Shard:
+    """Return the members of a tar, of its file or of an open one that stands at its beginning."""
     members: dict[str, tuple[int, int]] = {}
     refused: list[str] = []
     damaged = False
     try:
-        with tarfile.open(shard, "r:") as archive:
+        with tarfile.open(shard if file is None else None, "r:", fileobj=file) as archive:
             try:
                 for member in archive:
                     name = _safe_name(member)
                     if name is None:
                         refused.append(member.name)
-                    elif name and member.offset_data + member.size <= size:
+                    elif name and member.offset_data + member.size <= end:
                         members[name] = (member.offset_data, member.size)
                     elif name:
                         damaged = True
             except tarfile.TarError:
                 damaged = True
     except tarfile.TarError as error:
-        raise FileFormatError(
-            f"`{shard.name}` is not an uncompressed tar file", hint="unpack .tar.gz shards with gunzip"
-        ) from error
+        hint = "give compressed shards the ending .tar.gz" if file is None else None
+        raise FileFormatError(f"`{shard.name}` is not a tar file", hint=hint) from error
     # A whole archive ends with a block of zeros after its last member; tarfile does not ask for it.
-    return Shard(members, tuple(refused), damaged or size % tarfile.BLOCKSIZE != 0)
+    return Shard(members, tuple(refused), damaged or (end - start) % tarfile.BLOCKSIZE != 0)
 
 
 def _safe_name(member: tarfile.TarInfo) -> str | None:

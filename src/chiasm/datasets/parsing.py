@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from chiasm.datasets.packed import blob_columns
 from chiasm.errors import FileFormatError, InputError
 
 SEPARATORS = (",", "\t", ";", "|")
@@ -28,7 +29,8 @@ class RawTable:
 
     Attributes:
         header: Unique, non-empty names.
-        rows: Row number (1 is the first under the header) and its cells in the order of the header.
+        rows: Row number (1 is the first under the header) and its cells in the order of the header; a `Path` leads to
+            an image inside the table's own file.
         bad: Row number and reason of each row that is not whole.
         separator: Of a text table, else None.
         encoding: Of a text table, else None.
@@ -209,24 +211,30 @@ def flat_cell(value: object) -> object:
         return json.dumps(value, ensure_ascii=False, default=str)
     if isinstance(value, Mapping) and not any(isinstance(v, bytes) for v in value.values()):
         return json.dumps(value, ensure_ascii=False, default=str)
-    if value is None or isinstance(value, (str, int, float, bytes, Mapping)):
+    if value is None or isinstance(value, (str, int, float, bytes, Mapping, Path)):
         return value
     return str(value)
 
 
 def _parse_parquet(path: Path) -> RawTable:
+    """Return the cells; where a column holds the bytes of images, its cells are paths through the file."""
     import pyarrow
     import pyarrow.parquet
 
     records: list[tuple[int, dict[str, Any]]] = []
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            header = file.schema_arrow.names
-            for batch in file.iter_batches():
+            schema = file.schema_arrow
+            blobs = blob_columns(schema)
+            plain = [name for name in schema.names if name not in blobs]
+            for batch in file.iter_batches(columns=plain):
                 first = len(records) + 1
-                records.extend(enumerate(batch.to_pylist(), start=first))
+                rows = batch.to_pylist() if plain else [{} for _ in range(batch.num_rows)]
+                records.extend(enumerate(rows, start=first))
     except (pyarrow.ArrowException, OSError) as error:
         raise FileFormatError(f"`{path.name}` is not a readable Parquet file") from error
+    for number, record in records:
+        record.update({name: path / name / str(number) for name in blobs})
     if not records:
-        return RawTable(tuple(str(h) for h in header), [])
-    return _from_records(records, [])
+        return RawTable(tuple(str(h) for h in schema.names), [])
+    return _from_records([(n, {h: r[h] for h in schema.names}) for n, r in records], [])

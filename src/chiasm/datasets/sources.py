@@ -11,7 +11,7 @@ from chiasm.datasets.dataset import Dataset
 from chiasm.datasets.folder import load_folder
 from chiasm.datasets.parsing import TABLE_SUFFIXES
 from chiasm.datasets.table import Part, load_table
-from chiasm.datasets.webdataset import load_webdataset
+from chiasm.datasets.webdataset import is_shard, load_webdataset
 from chiasm.errors import InputError
 
 #: Names of the one table that describes a folder, in order of preference.
@@ -29,9 +29,9 @@ def open_dataset(
 ) -> Dataset:
     """Read a data set by what it is.
 
-    ``x.tar``, a pattern with braces or ``::``, and a folder of tar files are webdataset shards. A folder with a table
-    (``metadata.csv``, ``table.csv`` ..., or a single table of any name) is that table. Any other folder is a folder of
-    images with classes from its subfolders. A file is a table.
+    ``x.tar`` or ``x.tar.gz``, a pattern with braces or ``::``, and a folder of tar files are webdataset shards. A folder
+    with a table (``metadata.csv``, ``table.csv`` ..., or a single table of any name) is that table. Any other folder is
+    a folder of images with classes from its subfolders. A file is a table.
 
     Args:
         source: What to read.
@@ -45,7 +45,7 @@ def open_dataset(
         InputError: There is nothing at ``source``, or it could be several things.
     """
     text, path = str(source), Path(source)
-    if path.is_file() and path.suffix.casefold() != ".tar":
+    if path.is_file() and not is_shard(path):
         return load_table(
             path, columns=columns, root=root, require=require, on_bad_row=on_bad_row, check_images=check_images
         )
@@ -57,11 +57,11 @@ def open_dataset(
             )
     if columns is not None or root is not None:
         raise InputError(f"columns and root are for tables; `{path.name}` is no table")
-    if path.is_dir() and not any(p.suffix.casefold() == ".tar" for p in path.iterdir()):
+    if path.is_dir() and not any(is_shard(p) for p in path.iterdir()):
         return load_folder(
             path, labels_from="folder", require=require or ("image",), on_bad_row=on_bad_row, check_images=check_images
         )
-    if path.is_dir() or path.suffix.casefold() == ".tar" or "{" in text or "::" in text:
+    if path.is_dir() or is_shard(path) or "{" in text or "::" in text:
         return load_webdataset(text, require=require, on_bad_row=on_bad_row, check_images=check_images)
     raise InputError(f"`{path.name}` does not exist", hint="give a table, a folder of images or tar shards")
 

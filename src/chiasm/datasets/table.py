@@ -40,7 +40,8 @@ def load_table(
     """Read a table of images, texts and labels.
 
     Args:
-        path: ``.csv``, ``.tsv``, ``.jsonl``, ``.json`` or ``.parquet``; separator and encoding are detected.
+        path: ``.csv``, ``.tsv``, ``.jsonl``, ``.json`` or ``.parquet``; separator and encoding are detected. A Parquet
+            file may hold the bytes of its images.
         columns: What the columns mean, where detection is wrong or not wanted.
         root: Folder of relative image paths; the table's own by default.
         require: What a row must have to be used: an ``image`` whose file exists, a ``text`` that is not empty. None
@@ -122,12 +123,9 @@ class _Rows:
         self.cells = [cells for _, cells in table.rows]
         self.numbers = [number for number, _ in table.rows]
         self.labels: Mapping[str, list[LabelValue]] = {
-            name: label_column(table.values(name)) for name in columns.labels or () if not _holds_bytes(table, name)
+            name: label_column(table.values(name)) for name in columns.labels or () if not _holds_images(table, name)
         }
-        if columns.image and _holds_bytes(table, columns.image):
-            raise InputError(
-                f"column `{columns.image}` holds image bytes, not paths", hint="write the images to files first"
-            )
+        self.holds_images = _holds_images(table, columns.image) if columns.image else False
         self.fill = parse_template(columns.template, (*table.header, "caption", "text")) if columns.template else None
         self.ids = self._ids(table)
         self.boxes: Mapping[str, tuple[Box, ...]] = {}
@@ -171,6 +169,8 @@ class _Rows:
         return path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else path.as_posix()
 
     def _path(self, value: str) -> Path:
+        if self.holds_images:
+            return Path(value)  # already leads through the table
         if "\\" in value and "/" not in value:
             value = value.replace("\\", "/")  # tables made on Windows
         return self.root / value
@@ -229,8 +229,9 @@ class _Rows:
         return text
 
 
-def _holds_bytes(table: RawTable, column: str) -> bool:
-    return any(isinstance(v, (bytes, Mapping)) for v in table.values(column)[:10])
+def _holds_images(table: RawTable, column: str) -> bool:
+    """Return whether a column holds bytes, which a table shows as paths through its own file."""
+    return any(isinstance(v, Path) for v in table.values(column)[:1])
 
 
 def _number_repeats(ids: Sequence[str]) -> list[str]:

@@ -17,7 +17,8 @@ from typing import Literal
 from chiasm.datasets.columns import GROUP_NAMES, TEXT_NAMES, is_missing, plain_name
 from chiasm.datasets.dataset import Dataset
 from chiasm.datasets.folder import IMAGE_SUFFIXES
-from chiasm.datasets.images import Shard, index_shard, keep_decodable, read_member
+from chiasm.datasets.images import index_shard, keep_decodable, read_member
+from chiasm.datasets.packed import GZIP_SUFFIXES, TAR_SUFFIXES, Shard
 from chiasm.datasets.parsing import flat_cell
 from chiasm.datasets.table import Part, check_rejected
 from chiasm.errors import InputError
@@ -80,7 +81,8 @@ def load_webdataset(
     the names that tables use, its other values become labels.
 
     Args:
-        pattern: A tar file, a folder of tar files, or a pattern; see :func:`expand_shards`.
+        pattern: A tar file, a folder of tar files, or a pattern; see :func:`expand_shards`. Compressed ones (``.tar.gz``,
+            ``.tgz``) are unpacked into a temporary file, so plain ones are faster.
         require: What a sample must have; None requires what any sample of the shards has.
         on_bad_row: ``skip`` lists bad rows in ``Dataset.rejected``; ``fail`` raises at the first. Members that are not
             plain files, or whose name leads out of the shard, are bad rows; so is the end of a truncated shard.
@@ -88,7 +90,7 @@ def load_webdataset(
 
     Raises:
         InputError: A shard is absent, nothing can be used, or a row is bad when these are fatal.
-        FileFormatError: A shard is no uncompressed tar file.
+        FileFormatError: A shard is no tar file.
     """
     shards = _find_shards(pattern)
     samples: list[tuple[int, Sample]] = []
@@ -117,6 +119,11 @@ def load_webdataset(
     return Dataset(tuple(s for _, s in samples), tuple(rejected), name)
 
 
+def is_shard(path: Path) -> bool:
+    """Return whether a file is a tar, plain or compressed, by its ending."""
+    return path.name.casefold().endswith((*TAR_SUFFIXES, *GZIP_SUFFIXES))
+
+
 def _lacks(sample: Sample, require: Sequence[Part]) -> str | None:
     if "image" in require and sample.image is None:
         return "sample has no image"
@@ -125,7 +132,7 @@ def _lacks(sample: Sample, require: Sequence[Part]) -> str | None:
 
 def _find_shards(pattern: str | Path) -> list[Path]:
     if Path(pattern).is_dir():
-        shards = sorted(p for p in Path(pattern).iterdir() if p.suffix.casefold() == ".tar")
+        shards = sorted(p for p in Path(pattern).iterdir() if is_shard(p))
     else:
         shards = [Path(name) for name in expand_shards(str(pattern))]
     if not shards:
@@ -139,10 +146,14 @@ def _find_shards(pattern: str | Path) -> list[Path]:
 def _short_names(shards: Sequence[Path]) -> list[str]:
     """Return as many last parts of each path as it takes to tell the shards apart; ids start with them."""
     for depth in range(1, max(len(s.parts) for s in shards) + 1):
-        names = ["/".join(s.with_suffix("").parts[-depth:]) for s in shards]
+        names = ["/".join(_without_ending(s).parts[-depth:]) for s in shards]
         if len(set(names)) == len(names):
             return names
     raise InputError(f"the same shard is named twice among {len(shards)}", hint="name every shard once")
+
+
+def _without_ending(shard: Path) -> Path:
+    return shard.with_suffix("").with_suffix("") if shard.name.casefold().endswith(".tar.gz") else shard.with_suffix("")
 
 
 def _read_samples(shard: Path, index: Shard, label: str) -> Iterator[Sample | Rejected]:
