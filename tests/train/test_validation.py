@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from chiasm.errors import TrainingError
 from chiasm.train.contrastive import Pairs
 from chiasm.train.recipe import LossConfig, OptimConfig, RunConfig, TrainConfig
 from chiasm.train.validation import Validation
@@ -112,3 +113,12 @@ def test_bf16_and_a_last_batch_of_one(kind):
         vectors, vectors, list("abcdefghi"), loss=LossConfig(kind), optim={"batch_size": 4, "precision": "bf16"}
     )()
     assert np.isfinite(list(found.values())).all()
+
+
+@pytest.mark.parametrize("side", ["image", "text"])
+def test_broken_weights_end_in_a_clear_error(side):
+    vectors = {"image": np.eye(6), "text": np.eye(6)}
+    vectors[side][2, 3] = np.nan
+    with pytest.raises(TrainingError, match="1 of 6 held-out pairs have embeddings that are not numbers") as caught:
+        measure(vectors["image"], vectors["text"], [str(i) for i in range(6)])()
+    assert "hint: lower `optim.lr`" in str(caught.value)

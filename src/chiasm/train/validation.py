@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from chiasm.errors import TrainingError
 from chiasm.metrics.classification import balanced_accuracy
 from chiasm.metrics.retrieval import median_rank, ranks_of_relevant, recall_at_k
 from chiasm.train.contrastive import PairSource, contrastive_loss
@@ -50,8 +51,18 @@ class Validation:
 
         ``text_choice_accuracy`` is there when images share few texts: the balanced accuracy of finding an image's text
         among the distinct ones, each being the mean of its variants.
+
+        Raises:
+            TrainingError: Embeddings that are not numbers: the last step has broken the weights.
         """
         image, text, keys, loss = self._embed()
+        broken = int((~(torch.isfinite(image).all(1) & torch.isfinite(text).all(1))).sum())
+        if broken:
+            raise TrainingError(
+                f"{broken} of {len(image)} held-out pairs have embeddings that are not numbers; what was saved before "
+                "is kept",
+                hint="lower `optim.lr`, lengthen the warm-up, or set `optim.precision` to `fp32`",
+            )
         similarity = (image @ text.T).numpy()
         metrics = {"loss": loss}
         codes = np.unique(np.array(keys), return_inverse=True)[1]
