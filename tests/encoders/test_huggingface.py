@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from chiasm.encoders.base import EncoderConfig, ImageTowerConfig, ProjectionConfig, TextTowerConfig
+from chiasm.encoders.adapters import apply_lora, freeze, merge_lora
+from chiasm.encoders.base import EncoderConfig, ImageTowerConfig, LoraConfig, ProjectionConfig, TextTowerConfig
 from chiasm.encoders.build import build_encoder_model
 from chiasm.encoders.huggingface import build_huggingface_image_tower, build_huggingface_text_tower
 from chiasm.errors import CheckpointError, ConfigError, InputError
@@ -151,6 +152,37 @@ def test_what_is_stored_rebuilds_the_tower(kind: str, pixels: Tensor) -> None:
     with torch.inference_mode():
         assert torch.equal(tower(*inputs), again(*inputs))
     assert tower.stored == again.stored or tower.stored.options == again.stored.options
+
+
+@pytest.mark.parametrize("kind", [*sorted(IMAGES), *sorted(TEXTS)])
+def test_every_kind_can_be_locked_and_adapted(kind: str, pixels: Tensor) -> None:
+    """LoRA by peft: it starts as the tower, trains alone, and merges into the tower's own weights."""
+    is_image = kind in IMAGES
+    tower: Any = (
+        build_huggingface_image_tower(image_config(kind))
+        if is_image
+        else build_huggingface_text_tower(text_config(kind))
+    ).eval()
+    randomise(tower)
+    inputs = (pixels,) if is_image else (torch.randint(3, 60, (2, 5)), torch.ones(2, 5, dtype=torch.long))
+    with torch.inference_mode():
+        plain, names = tower(*inputs), set(tower.state_dict())
+    apply_lora(freeze(tower), LoraConfig(rank=2))
+    torch.testing.assert_close(tower(*inputs), plain, rtol=1e-5, atol=1e-5)
+    assert all("lora_" in n for n, p in tower.named_parameters() if p.requires_grad)
+    tower(*inputs).square().sum().backward()
+    assert any(
+        float(p.grad.abs().sum()) > 0 for n, p in tower.named_parameters() if "lora_B" in n and p.grad is not None
+    )
+    with torch.no_grad():
+        for name, parameter in tower.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.1)
+        adapted = tower(*inputs)
+        assert not torch.allclose(adapted, plain, atol=1e-4)
+        merge_lora(tower)
+        torch.testing.assert_close(tower(*inputs), adapted, rtol=1e-3, atol=1e-3)
+    assert set(tower.state_dict()) == names
 
 
 def test_nulls_that_matter_survive() -> None:
