@@ -202,6 +202,7 @@ def test_own_folder(tmp_path: Path, kind: str) -> None:
     assert torch.equal(torch.get_rng_state(), before)  # nothing was drawn
     assert_same(found, expected)
     assert (found.space, found.config) == (expected.space, expected.config)
+    assert load(tmp_path / "m" / "model.safetensors").space == expected.space  # the file in it means the folder
     assert json.loads((tmp_path / "m" / "encoder.json").read_text())["training"] == {"steps": 5}
     assert get_tokenizer(tmp_path / "m").encode_ids(TEXTS) == expected.tokenizer.encode_ids(TEXTS)
 

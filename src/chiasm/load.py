@@ -171,6 +171,8 @@ def _checked(source: _Source, name: str, config: EncoderConfig) -> _Source:
 
 def _read(path: Path, family: str | None, expected: EncoderConfig | None = None) -> _Source:
     """Read a folder or a file; ``expected`` states the activation of a bare state dict."""
+    if path.is_file() and path.name == native.WEIGHTS_FILE and native.is_model_dir(path.parent):
+        path = path.parent  # the file inside chiasm's own folder, whose description lies beside it
     if path.is_file():
         return _read_file(path, family, expected)
     name = path.resolve().name

