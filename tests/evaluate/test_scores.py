@@ -18,7 +18,7 @@ from chiasm.evaluate.scores import (
     score_retrieval,
     score_zero_shot,
 )
-from chiasm.evaluate.search_scores import best_ranks, default_keys
+from chiasm.evaluate.search_scores import best_ranks, constant_recall, default_keys
 from chiasm.explain.heatmap import HeatMap
 from chiasm.tasks.prompts import PromptSet
 from chiasm.tasks.zero_shot import TextClassifier, ZeroShotResult, classify
@@ -212,6 +212,7 @@ def test_retrieval_by_hand() -> None:
     assert scores.text_to_image.median_rank.value == 1.5
     assert [scores.text_to_image.recall[k].chance for k in (1, 2, 4)] == pytest.approx([0.25, 0.5, 1.0])
     assert scores.text_to_image.median_rank.chance == 2.5
+    assert scores.text_to_image.majority == scores.image_to_text.majority == {1: 0.25, 2: 0.5, 4: 1.0}
     assert scores.keys == ("id", "caption")
     json.dumps(scores.to_dict(), allow_nan=False)
     assert "recall_at_2" in scores.to_dict()["text_to_image"]
@@ -231,6 +232,33 @@ def test_the_same_caption_is_a_right_answer() -> None:
     assert fair.text_to_image.recall_at_1.chance == pytest.approx((2 / 3 + 2 / 3 + 1 / 3) / 3)
     assert strict.text_to_image.recall_at_5.value == strict.image_to_text.recall_at_10.value == 1
     assert default_keys(images, texts)["caption"][0] == ["no effusion", "no effusion", "nodule"]
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 7), st.integers(1, 6), st.integers(0, 10_000))
+def test_the_best_constant_answer(n: int, m: int, seed: int) -> None:
+    """One row is the very best; more rows never serve fewer; blocks change nothing."""
+    rng = np.random.default_rng(seed)
+    codes = [(rng.integers(0, 3, n), rng.integers(0, 3, m)), (rng.integers(5, 9, n), rng.integers(5, 9, m))]
+    right = np.array([[any(q[i] == c[j] for q, c in codes) for j in range(m)] for i in range(n)])
+    if not right.any():
+        return
+    found = constant_recall(codes, right.sum(1), (1, 2, 3, 10))
+    answerable = right[right.any(1)]
+    assert found[1] == pytest.approx(answerable.mean(0).max())
+    assert found[1] <= found[2] <= found[3] <= found[10]
+    assert found[10] == pytest.approx(1)
+    best_pair = max(answerable[:, [a, b]].any(1).mean() for a in range(m) for b in range(m))
+    assert (1 - 1 / np.e) * best_pair - 1e-9 <= found[2] <= best_pair + 1e-9
+
+
+def test_captions_that_repeat_lift_the_constant_answer() -> None:
+    images = embed(np.eye(5), ids=tuple("abcde"))
+    texts = embed(np.eye(5), "text", ids=tuple("abcde"), texts=("Normal.", "normal.", "normal.", "nodule", "effusion"))
+    scores = score_retrieval(images, texts, ks=(1, 2), n_resamples=5)
+    assert scores.text_to_image.majority == pytest.approx({1: 0.6, 2: 0.8})
+    assert scores.to_dict()["image_to_text"]["majority"] == pytest.approx({"recall_at_1": 0.6, "recall_at_2": 0.8})
+    assert [row[4] for row in scores.table()[:3]] == ["0.600", "0.800", "-"]
 
 
 def test_queries_without_a_right_answer_are_left_out() -> None:
@@ -286,12 +314,22 @@ def test_pointing_by_hand() -> None:
     assert scores.pointing_game.chance == pytest.approx((1 / 16 + 1 / 16 + 5 / 16) / 3)
     assert scores.per_label["a"].value == 0.5
     assert scores.per_label["b"].value == 1
+    assert scores.majority == scores.majority_by_label == 1  # the upper left corner lies in a box of every image
     assert scores.times_chance == pytest.approx((2 / 3) / (7 / 48))
     assert 0 < scores.iou.value < 1
     assert scores.contrast_to_noise.chance == 0
     assert scores.method == "similarity"
     assert json.dumps(scores.to_dict(), allow_nan=False)
     assert scores.table()[0][0] == "pointing game"
+
+
+def test_one_place_for_all_maps_is_found_on_images_of_any_size() -> None:
+    boxes = [[Box(0, 0, 10, 10, "a")], [Box(0, 0, 5, 20, "a")], [Box(30, 30, 40, 40, "b")]]
+    wide = HeatMap(np.eye(4, dtype=np.float32), (20, 80), (0.0, 0.0, 20.0, 80.0), "similarity", "text")
+    scores = score_pointing([heat(3, 3), wide, heat(0, 0)], boxes, n_resamples=5)
+    assert scores.majority == pytest.approx(2 / 3)
+    assert scores.majority_by_label == 1
+    assert scores.to_dict()["majority_by_label"] == 1
 
 
 def test_a_flat_map_points_nowhere() -> None:

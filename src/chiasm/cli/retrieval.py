@@ -105,7 +105,7 @@ def run(
     if as_json:
         print_json({**scores.to_dict(), "rejected": len(rejects), "reasons": rejects.counts()})
     else:
-        print_table(("measure", "value [95 % interval]", "n", "chance"), scores.table())
+        print_table(("measure", "value [95 % interval]", "n", "chance", "majority"), scores.table())
         say_rejected(rejects)
 
 

@@ -338,6 +338,9 @@ def summary_rows(results: dict[str, Any]) -> list[tuple[str, str, str, str, str]
     rows += [row(f"  {name}", v["auroc"], "0.500") for name, v in results["zero_shot"]["per_label"].items()]
     rows.append(row("left or right, macro AUROC", results["laterality"]["macro_auroc"], "0.500"))
     for direction in ("text_to_image", "image_to_text"):
-        rows.append(row(f"{direction.replace('_', ' ')} R@10", results["retrieval"][direction]["recall_at_10"]))
-    rows.append(row("heat maps, pointing game", results["explain"]["pointing_game"]))
+        found = results["retrieval"][direction]
+        same_ten = f"{found['majority']['recall_at_10']:.3f}"
+        rows.append(row(f"{direction.replace('_', ' ')} R@10", found["recall_at_10"], same_ten))
+    found = results["explain"]
+    rows.append(row("heat maps, pointing game", found["pointing_game"], f"{found['majority']:.3f}"))
     return rows

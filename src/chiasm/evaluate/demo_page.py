@@ -207,7 +207,8 @@ def _search(parts: DemoParts) -> Section:
                     (k, str(v["R@1"]), str(v["R@5"]), str(v["R@10"]), str(d.median_rank))
                     for (k, v), d in zip(bars.items(), (r.text_to_image, r.image_to_text), strict=True)
                 ),
-                f"R@10 by chance: {r.text_to_image.recall_at_10.chance:.3f}.",
+                f"R@10 by chance: {r.text_to_image.recall_at_10.chance:.3f}. Always the same ten films, those that serve most reports: "
+                f"{r.text_to_image.majority[10]:.3f}; always the same ten reports: {r.image_to_text.majority[10]:.3f}.",
             ),
             Gallery(
                 tuple(gallery),
@@ -272,7 +273,9 @@ def _maps(parts: DemoParts) -> Section:
             Table(
                 ("finding", "maximum inside the true box"),
                 table,
-                f"By chance: {parts.pointing.pointing_game.chance:.3f} over all findings (the share of the film that the boxes cover).",
+                f"By chance: {parts.pointing.pointing_game.chance:.3f} over all findings (the share of the film that the boxes cover). "
+                f"Always the same place, the one in most boxes: {parts.pointing.majority:.3f}; one place for each finding: "
+                f"{parts.pointing.majority_by_label:.3f}.",
             ),
         ),
     )

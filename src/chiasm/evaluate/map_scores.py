@@ -15,12 +15,16 @@ from numpy.typing import NDArray
 
 from chiasm.errors import InputError
 from chiasm.metrics.bootstrap import weighted_interval
-from chiasm.metrics.localization import chance_pointing, contrast_to_noise, iou_at_threshold, pointing_game
+from chiasm.metrics.localization import box_mask, chance_pointing, contrast_to_noise, iou_at_threshold, pointing_game
 from chiasm.metrics.weighted import mean_statistic
 from chiasm.types import Box, Interval
 
 if TYPE_CHECKING:
     from chiasm.explain.heatmap import HeatMap
+
+
+#: Side of the grid on which the one best place is sought.
+_PLACES = 64
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,10 @@ class PointingScores:
         method: Of the maps, where all have the same.
         n: Maps.
         n_flat: Maps that point nowhere.
+        majority: The pointing game of one place for all maps: that which lies in most boxes, chosen with the boxes at
+            hand. Places are shares of width and height.
+        majority_by_label: The same with a place of its own for each label, over all maps: what knowing the text alone
+            would reach.
     """
 
     pointing_game: Interval
@@ -47,6 +55,8 @@ class PointingScores:
     method: str
     n: int
     n_flat: int
+    majority: float
+    majority_by_label: float
 
     @property
     def times_chance(self) -> float:
@@ -75,6 +85,8 @@ class PointingScores:
             "times_chance": None if np.isnan(self.times_chance) else self.times_chance,
             "n": self.n,
             "n_flat": self.n_flat,
+            "majority": self.majority,
+            "majority_by_label": self.majority_by_label,
         }
 
 
@@ -118,6 +130,10 @@ def score_pointing(
         iou[k] = iou_at_threshold(full, found)
         contrast[k] = contrast_to_noise(full, found)
     contrast[np.isinf(contrast)] = np.nan
+    rows_of = {name: np.flatnonzero([n == name for n in names]) for name in dict.fromkeys(names)}
+    places = np.stack(
+        [np.sum([_places(heats[k], boxes[k]) for k in rows.tolist()], axis=0) for rows in rows_of.values()]
+    )
 
     def interval(values: NDArray[np.float64], chance: float, rows: NDArray[np.intp] | None = None) -> Interval:
         kept = np.arange(len(heats)) if rows is None else rows
@@ -126,7 +142,6 @@ def score_pointing(
             statistic, [own[i] for i in kept.tolist()], n_resamples=n_resamples, seed=seed, chance=chance
         )
 
-    rows_of = {name: np.flatnonzero([n == name for n in names]) for name in dict.fromkeys(names)}
     methods = {heat.method for heat in heats}
     return PointingScores(
         interval(hit, float(cover.mean())),
@@ -136,4 +151,13 @@ def score_pointing(
         methods.pop() if len(methods) == 1 else "several",
         len(heats),
         sum(heat.is_flat for heat in heats),
+        float(places.sum(axis=0).max()) / len(heats),
+        float(places.max(axis=(1, 2)).sum()) / len(heats),
     )
+
+
+def _places(heat: HeatMap, boxes: Sequence[Box]) -> NDArray[np.int64]:
+    """Return 1 where the boxes lie on a grid that is the same for images of every size, else 0."""
+    x, y = _PLACES / heat.image_size[0], _PLACES / heat.image_size[1]
+    scaled = [Box(b.x0_px * x, b.y0_px * y, b.x1_px * x, b.y1_px * y) for b in boxes]
+    return box_mask(scaled, _PLACES, _PLACES).astype(np.int64)

@@ -35,6 +35,8 @@ class DirectionScores:
         n_queries: Queries that have a right answer.
         n_unanswerable: Queries without one; they are left out.
         corpus_size: Rows that were searched.
+        majority: K to the recall of giving every query the same K rows: those that, one after the other, serve most
+            queries, chosen with the truth at hand.
     """
 
     recall: Mapping[int, Interval]
@@ -42,6 +44,7 @@ class DirectionScores:
     n_queries: int
     n_unanswerable: int
     corpus_size: int
+    majority: Mapping[int, float]
 
     def recall_at(self, k: int) -> Interval:
         """Return the recall at one depth; one that was not scored raises ``UnknownName``."""
@@ -67,6 +70,7 @@ class DirectionScores:
     def to_dict(self) -> dict[str, Any]:
         """Return ``recall_at_K`` and ``median_rank`` as ``{"value", "low", "high", "n", "chance"}``, and the counts."""
         return {
+            "majority": {f"recall_at_{k}": value for k, value in self.majority.items()},
             **{f"recall_at_{k}": value.to_dict() for k, value in self.recall.items()},
             "median_rank": self.median_rank.to_dict(),
             "n_queries": self.n_queries,
@@ -89,14 +93,14 @@ class RetrievalScores:
     image_to_text: DirectionScores
     keys: tuple[str, ...]
 
-    def table(self) -> list[tuple[str, str, str, str]]:
-        """Return rows of text for print: measure, value with interval, n, chance."""
+    def table(self) -> list[tuple[str, str, str, str, str]]:
+        """Return rows of text for print: measure, value with interval, n, chance, majority."""
         rows = []
         for name, scores in (("text → image", self.text_to_image), ("image → text", self.image_to_text)):
-            measures = {**{f"R@{k}": v for k, v in scores.recall.items()}, "median rank": scores.median_rank}
-            for measure, value in measures.items():
+            measures = {f"R@{k}": (v, f"{scores.majority[k]:.3f}") for k, v in scores.recall.items()}
+            for measure, (value, majority) in {**measures, "median rank": (scores.median_rank, "-")}.items():
                 chance = "-" if value.chance is None else f"{value.chance:.3f}"
-                rows.append((f"{name} {measure}", str(value), str(value.n), chance))
+                rows.append((f"{name} {measure}", str(value), str(value.n), chance, majority))
         return rows
 
     def to_dict(self) -> dict[str, Any]:
@@ -152,7 +156,8 @@ def score_retrieval(
                 hint="images and texts need equal ids, or pass `keys` that say what belongs together",
             )
         options = {"n_resamples": n_resamples, "seed": seed}
-        return _direction_scores(ranks, right, queries.groups, len(b), ks=ks, options=options)
+        majority = constant_recall(pairs, right, ks)
+        return _direction_scores(ranks, right, queries.groups, len(b), majority=majority, options=options)
 
     return RetrievalScores(direction(texts, True), direction(images, False), tuple(columns))
 
@@ -202,12 +207,51 @@ def best_ranks(
     block = max(1, _BLOCK_VALUES // max(1, len(corpus)))
     for start in range(0, len(queries), block):
         part = slice(start, start + block)
-        right = np.zeros((len(queries[part]), len(corpus)), dtype=bool)
-        for of_queries, of_corpus in codes:
-            right |= of_queries[part][:, None] == of_corpus[None, :]
+        right = _right(codes, np.arange(len(queries))[part])
         ranks[part] = ranks_of_relevant(queries[part] @ corpus.T, right)
         counts[part] = right.sum(axis=1)
     return ranks, counts
+
+
+def constant_recall(
+    codes: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]], right: NDArray[np.int64], ks: Sequence[int]
+) -> dict[int, float]:
+    """Return, for each K, the recall of giving every query the same K rows.
+
+    Each row is the one that serves most of the queries not served yet. Memory is bounded: queries are taken in blocks.
+
+    Args:
+        codes: As for :func:`best_ranks`.
+        right: Right answers of each query; queries without any are left out.
+        ks: Depths.
+    """
+    size = len(codes[0][1])
+    block = max(1, _BLOCK_VALUES // max(1, size))
+    unserved = right > 0
+    n = int(unserved.sum())
+    gains = np.zeros(size, dtype=np.int64)
+
+    def count(rows: NDArray[np.intp]) -> NDArray[np.int64]:
+        parts = [_right(codes, rows[i : i + block]).sum(axis=0) for i in range(0, len(rows), block)]
+        return np.sum(parts, axis=0, dtype=np.int64) if parts else np.zeros(size, dtype=np.int64)
+
+    gains += count(np.flatnonzero(unserved))
+    served = {0: 0.0}
+    for k in range(1, min(max(ks), size) + 1):
+        best = int(gains.argmax())
+        hit = unserved & np.any([of_queries == of_corpus[best] for of_queries, of_corpus in codes], axis=0)
+        gains -= count(np.flatnonzero(hit))
+        unserved &= ~hit
+        served[k] = 1 - int(unserved.sum()) / n
+    return {k: served[min(k, size)] for k in ks}
+
+
+def _right(codes: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]], rows: NDArray[np.intp]) -> NDArray[np.bool_]:
+    """Return which rows of the corpus are right for some of the queries."""
+    found = np.zeros((len(rows), len(codes[0][1])), dtype=bool)
+    for of_queries, of_corpus in codes:
+        found |= of_queries[rows][:, None] == of_corpus[None, :]
+    return found
 
 
 def _direction_scores(
@@ -216,14 +260,15 @@ def _direction_scores(
     groups: Sequence[str],
     size: int,
     *,
-    ks: Sequence[int],
+    majority: Mapping[int, float],
     options: Mapping[str, Any],
 ) -> DirectionScores:
     expected = (size + 1) / (right[right > 0] + 1)  # mean of the least of m ranks drawn from 1..size
     return DirectionScores(
-        {k: recall_interval(ranks, k, groups, chance=chance_recall_at_k(size, k, right), **options) for k in ks},
+        {k: recall_interval(ranks, k, groups, chance=chance_recall_at_k(size, k, right), **options) for k in majority},
         median_rank_interval(ranks, groups, chance=float(np.median(expected)), **options),
         int((right > 0).sum()),
         int((right == 0).sum()),
         size,
+        majority,
     )
