@@ -114,7 +114,7 @@ def _find(name_or_path: str | Path, pretrained: str | Path | None, family: str |
         if found is None:
             raise _absent(entry)
         return _checked(_read(found, family, expected=entry.config), entry.name, entry.config)
-    path = Path(name).expanduser()
+    path = _home(name)
     if path.exists():
         if pretrained is not None:
             raise InputError("`pretrained` goes with a name, but a path was given")
@@ -143,13 +143,21 @@ def _architecture(name: str, pretrained: str | Path | None, family: str | None) 
 
 
 def _given(pretrained: str | Path | None) -> Path:
-    path = Path(str(pretrained)).expanduser()
+    path = _home(str(pretrained))
     if not path.exists():
         raise CheckpointError(
             f"`pretrained` is `{path.name}`, which is no file, no folder and not the tag `openai`",
             hint="download the weights, then give their path",
         )
     return path
+
+
+def _home(path: str) -> Path:
+    """Return the path with ``~`` replaced, where there is such a home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def _like(config: EncoderConfig, wanted: EncoderConfig) -> EncoderConfig:

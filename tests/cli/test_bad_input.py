@@ -230,11 +230,13 @@ def test_columns_can_be_named(chiasm: Run, model_dir: Path, ten_rows: Path, tmp_
     text = chiasm("retrieval", "film", "--table", table, *found, "--answers", "text", "-k", 1)
     assert "film number" in text
     for words, message in (
+        ((), "`odd.csv` has no image column"),
         (("--column", "picture=where"), "ROLE=NAME"),
         (("--column", "image=wher"), "did you mean `where`"),
         (("--column", "image=where", "--column", "image=words"), "named twice"),
     ):
-        check_message(chiasm("retrieval", "--table", table, "--model", model_dir, *words, code=1), message)
+        text = chiasm("retrieval", "film", "--table", table, "--model", model_dir, *words, code=1)
+        check_message(text, message)
 
 
 def test_a_folder_of_classes_is_a_table(chiasm: Run, model_dir: Path, tmp_path: Path) -> None:
@@ -269,6 +271,11 @@ def test_foreign_checkpoints(
         path.write_bytes(content)
     check_message(chiasm("inspect", image, "a", "b", "--model", path, code=1), message)
     check_message(chiasm("doctor", "--model", path, code=1), message)
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-that-name/model", "x" * 5000, "a\0b", ".", "demo/model"])
+def test_names_that_are_neither_models_nor_paths(chiasm: Run, image: Path, name: str) -> None:
+    check_message(chiasm("inspect", image, "a", "--model", name, code=1))
 
 
 @pytest.mark.parametrize(

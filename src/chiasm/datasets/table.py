@@ -69,7 +69,8 @@ def load_table(
     for part in needed:
         if not has[part]:
             raise InputError(
-                f"table `{path.name}` has no {part} column", hint=f"name it with Columns({part}=...) or require less"
+                f"table `{path.name}` has no {part} column",
+                hint=f"name it: `--column {part}=NAME`, in Python `Columns({part}=...)`; or require less",
             )
     rows = _Rows(table, found, Path(root) if root is not None else path.parent, frozenset(needed))
     if (path.parent / BOXES_NAME).is_file() and found.image:
@@ -102,13 +103,13 @@ def check_rejected(
     if rejected and on_bad_row == "fail":
         raise InputError(
             f"row {rejected[0].row} of `{name}` cannot be used: {rejected[0].reason} ({len(rejected)} bad in all)",
-            hint="repair the rows, or skip them with on_bad_row='skip'",
+            hint="repair the rows, or skip them: `--on-bad skip`, in Python `on_bad_row='skip'`",
         )
     if kept == 0:
         detail = f": {summarize_rejected(rejected)}" if rejected else ""
         missing = any(r.reason == "image file is missing" for r in rejected)
-        hint = "say with `root` which folder the image paths start from, or read labels alone with require=()"
-        hint = hint if missing else "name the columns with Columns(...)"
+        hint = "say with `--root` (in Python `root=`) which folder the image paths start from, or read labels alone with require=()"
+        hint = hint if missing else "name the columns: `--column image=NAME`, in Python `Columns(image=...)`"
         raise InputError(f"`{name}` has no usable row{detail}", hint=hint)
 
 
@@ -151,7 +152,7 @@ class _Rows:
                 raise InputError(
                     f"id column `{c.id}` is not unique: {missing} blank, "
                     f"{len(ids) - missing - len({i for i in ids if i})} repeated",
-                    hint="name another column with Columns(id=...), or none with Columns(id='')",
+                    hint="name another column: `--column id=NAME`, in Python `Columns(id=...)`; an empty name means none",
                 )
             return [i or "" for i in ids]
         if c.image:
