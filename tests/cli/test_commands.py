@@ -115,6 +115,11 @@ def test_embed_then_search_the_store(chiasm: Run, model_dir: Path, phantom_table
     assert again["added"] == {"image": 0, "text": 0}
     found = chiasm("retrieval", "left effusion", "--store", store, "--model", model_dir, "--json")
     assert found["corpus_size"] == record["added"]["image"]
+    folder = store / "clip-retrieval"
+    assert chiasm("retrieval", "left effusion", "--store", folder, "--model", model_dir, "--json") == found
+    (folder / "chiasm.json").unlink()  # as clip-retrieval itself writes it: taken as the model's
+    assert chiasm("retrieval", "left effusion", "--store", folder, "--model", model_dir, "--json") == found
+    assert "does not say which encoder" in chiasm("retrieval", "--store", folder, code=1)
 
 
 def test_two_spaces_are_refused(chiasm: Run, model_dir: Path, phantom_table: Path, tmp_path: Path) -> None:

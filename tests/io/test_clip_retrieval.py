@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from chiasm.errors import FileFormatError, InputError, SpaceMismatch
-from chiasm.io.clip_retrieval import read_clip_retrieval, write_clip_retrieval
+from chiasm.io.clip_retrieval import is_clip_retrieval, read_clip_retrieval, write_clip_retrieval
 from chiasm.io.store import open_store, save_embeddings
 from chiasm.types import Embeddings, Modality, Space
 
@@ -97,6 +97,8 @@ def test_foreign_folders_need_a_space(tmp_path: Path) -> None:
     folder = foreign(tmp_path / "f", vectors.astype(np.float16))
     with pytest.raises(InputError, match="does not say which encoder"):
         read_clip_retrieval(folder)
+    assert is_clip_retrieval(folder)
+    assert not is_clip_retrieval(tmp_path)
     read = read_clip_retrieval(folder, space=SPACE)
     assert read.texts is None
     assert read.images is not None

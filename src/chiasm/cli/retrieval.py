@@ -44,7 +44,7 @@ def run(
     model: ModelOption = "",
     table: TableOption = None,
     store: Annotated[
-        Path | None, typer.Option("--store", help="Search what `chiasm embed` wrote instead of a table.")
+        Path | None, typer.Option("--store", help="Search what `chiasm embed` or clip-retrieval wrote.")
     ] = None,
     split: SplitOption = None,
     group: GroupOption = None,
@@ -81,7 +81,7 @@ def run(
         encoder = load_encoder(model, device=device, family=family, allow_code=allow_code)
     corpus: Corpus
     if store is not None:
-        corpus = _stored(store)
+        corpus = _stored(store, encoder)
     else:
         assert table is not None
         assert encoder is not None
@@ -118,12 +118,19 @@ def _shown(texts: Sequence[Sequence[str | None]] | None, query: int, rank: int, 
     return plain if len(plain) <= SHOWN_LETTERS else plain[: SHOWN_LETTERS - 1] + "…"
 
 
-def _stored(store: Path) -> Corpus:
+def _stored(store: Path, encoder: Encoder | None) -> Corpus:
+    from chiasm.io.clip_retrieval import is_clip_retrieval, read_clip_retrieval
     from chiasm.io.store import open_store
 
     def corpus(side: Literal["image", "text"]) -> Embeddings:
-        found = open_store(store).read(side)
-        if not len(found):
+        found: Embeddings | None
+        if is_clip_retrieval(store):
+            # Such a folder may not say who made it: then it is taken as the model's.
+            folder = read_clip_retrieval(store, space=None if encoder is None else encoder.space)
+            found = folder.images if side == "image" else folder.texts
+        else:
+            found = open_store(store).read(side)
+        if found is None or not len(found):
             raise InputError(
                 f"store `{store.name}` holds no {side}s", hint=f"add them: `chiasm embed --modality {side}`"
             )

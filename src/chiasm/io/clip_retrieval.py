@@ -111,6 +111,11 @@ def _write_metadata(aligned: Mapping[Modality, Embeddings], folder: Path, partit
     pyarrow.parquet.write_table(table, folder / f"metadata_{partition}.parquet")
 
 
+def is_clip_retrieval(folder: str | Path) -> bool:
+    """Return whether a folder has the layout of clip-retrieval."""
+    return any((Path(folder) / name).is_dir() for name in _FOLDERS.values())
+
+
 def read_clip_retrieval(folder: str | Path, *, space: Space | None = None) -> ClipRetrievalFolder:
     """Read all parts of a folder, in the order of their numbers.
 
