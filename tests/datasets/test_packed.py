@@ -144,6 +144,11 @@ def test_plain_bytes_in_parquet_and_columns_of_bytes_that_are_no_labels(tmp_path
     data = load_table(write_parquet(tmp_path / "t.parquet", rows))
     assert levels_of(data) == list(range(5))
     assert [dict(s.labels) for s in data] == [{"grade": i} for i in range(5)]
+    listed = [
+        {"id": f"r{i}", "images": [{"bytes": png(i), "path": "x"}], "text": "a", "tags": ["u", "v"]} for i in range(3)
+    ]
+    data = load_table(write_parquet(tmp_path / "l.parquet", listed))
+    assert [(s.id, s.image, dict(s.labels)) for s in data] == [(f"r{i}", None, {"tags": "u|v"}) for i in range(3)]
     alone = load_table(write_parquet(tmp_path / "u.parquet", [{"image": png(3)}]))
     assert levels_of(alone) == [3]
     assert alone[0].text is None

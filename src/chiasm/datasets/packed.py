@@ -166,19 +166,29 @@ def unpack_parquet(path: Path) -> Shard:
 
 def blob_columns(schema: pa.Schema) -> list[str]:
     """Return the columns that hold bytes, or structures with a field ``bytes`` as `datasets` of Hugging Face writes."""
+    return [
+        f.name for f in schema if _is_bytes(f.type) or "bytes" in [g.name for g in _fields(f.type) if _is_bytes(g.type)]
+    ]
+
+
+def buried_columns(schema: pa.Schema) -> list[str]:
+    """Return the columns whose bytes lie deeper, in lists of images say: they are neither images nor labels."""
+
+    def has_bytes(kind: pa.DataType) -> bool:
+        return _is_bytes(kind) or any(has_bytes(f.type) for f in _fields(kind))
+
+    flat = blob_columns(schema)
+    return [f.name for f in schema if f.name not in flat and has_bytes(f.type)]
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
     import pyarrow as pa
 
-    def holds_bytes(kind: pa.DataType) -> bool:
-        return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))
 
-    return [
-        field.name
-        for field in schema
-        if holds_bytes(field.type)
-        or (
-            pa.types.is_struct(field.type) and any(f.name == "bytes" and holds_bytes(f.type) for f in field.type.fields)
-        )
-    ]
+
+def _fields(kind: pa.DataType) -> list[pa.Field]:
+    return [kind.field(i) for i in range(kind.num_fields)]
 
 
 def _contents(file: pa.parquet.ParquetFile, column: str) -> Iterator[bytes | None]:

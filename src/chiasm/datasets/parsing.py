@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from chiasm.datasets.packed import blob_columns
+from chiasm.datasets.packed import blob_columns, buried_columns
 from chiasm.errors import FileFormatError, InputError
 
 SEPARATORS = (",", "\t", ";", "|")
@@ -225,8 +225,9 @@ def _parse_parquet(path: Path) -> RawTable:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
-            blobs = blob_columns(schema)
-            plain = [name for name in schema.names if name not in blobs]
+            blobs, buried = blob_columns(schema), buried_columns(schema)
+            header = [name for name in schema.names if name not in buried]
+            plain = [name for name in header if name not in blobs]
             for batch in file.iter_batches(columns=plain):
                 first = len(records) + 1
                 rows = batch.to_pylist() if plain else [{} for _ in range(batch.num_rows)]
@@ -236,5 +237,5 @@ def _parse_parquet(path: Path) -> RawTable:
     for number, record in records:
         record.update({name: path / name / str(number) for name in blobs})
     if not records:
-        return RawTable(tuple(str(h) for h in schema.names), [])
-    return _from_records([(n, {h: r[h] for h in schema.names}) for n, r in records], [])
+        return RawTable(tuple(header), [])
+    return _from_records([(n, {h: r[h] for h in header}) for n, r in records], [])
