@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import chiasm
 
@@ -64,3 +66,12 @@ def test_json_of_doctor_is_valid() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["chiasm"] == chiasm.__version__
+
+
+def test_a_wheel_holds_every_data_file() -> None:
+    root = Path(__file__).parents[2]
+    settings = tomllib.loads((root / "pyproject.toml").read_text())
+    package = root / "src" / "chiasm"
+    packed = {p for pattern in settings["tool"]["setuptools"]["package-data"]["chiasm"] for p in package.glob(pattern)}
+    files = {p for p in package.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
+    assert files <= packed, files - packed
