@@ -95,6 +95,8 @@ def test_the_table_names_chance_and_majority(results: dict[str, Any]) -> None:
         "zero-shot macro AUROC", "text to image R@10", "image to text R@10", "heat maps, pointing game",
     }  # fmt: skip
     assert all(float(chance) >= 0 for *_, chance, _ in rows)
+    results["zero_shot"]["per_label"]["nodule"]["auroc"] = {**dict.fromkeys(NUMBER), "n": 24}  # no patient has one
+    assert ("  nodule", "-", "24", "-", "0.500") in summary_rows(results)
 
 
 def test_the_page_needs_nothing_but_itself(demo_dir: Path) -> None:

@@ -324,15 +324,10 @@ def summary_rows(results: dict[str, Any]) -> list[tuple[str, str, str, str, str]
     """Return the rows of the short table: measure, value with interval, n, chance, majority."""
 
     def row(name: str, number: dict[str, Any], majority: str = "-") -> tuple[str, str, str, str, str]:
-        low, high, chance = number["low"], number["high"], number["chance"]
-        interval = f" [{low:.3f}, {high:.3f}]" if low is not None else ""
-        return (
-            name,
-            f"{number['value']:.3f}{interval}",
-            str(number["n"]),
-            f"{chance:.3f}" if chance is not None else "-",
-            majority,
-        )
+        value, low, high, chance = (number[k] for k in ("value", "low", "high", "chance"))
+        shown = "-" if value is None else f"{value:.3f}"  # a finding that no test patient has, say
+        interval = f" [{low:.3f}, {high:.3f}]" if low is not None and high is not None else ""
+        return name, shown + interval, str(number["n"]), "-" if chance is None else f"{chance:.3f}", majority
 
     rows = [row("zero-shot macro AUROC", results["zero_shot"]["macro_auroc"], "0.500")]
     rows += [row(f"  {name}", v["auroc"], "0.500") for name, v in results["zero_shot"]["per_label"].items()]
