@@ -82,6 +82,7 @@ def test_multi_label_scores_equal_scikit_learn() -> None:
     values = json.loads(json.dumps(scores.to_dict(), allow_nan=False))
     assert set(values["per_label"]["a"]["auroc"]) == {"value", "low", "high", "n", "chance"}
     assert {row[0] for row in scores.table()} >= {"macro AUROC", "AUROC a", "AUPRC b"}
+    assert all("-" not in row[3:] for row in scores.table())  # chance and majority stand beside every number
 
 
 def test_a_single_label_problem() -> None:
