@@ -118,7 +118,10 @@ class ZeroShotScores:
 
     def table(self) -> list[tuple[str, str, str, str, str]]:
         """Return rows of text for print: measure, value with interval, n, chance, majority."""
-        rows = [_row("macro AUROC", self.macro_auroc, 0.5), _row("macro AUPRC", self.macro_auprc, self.macro_auprc.chance)]
+        rows = [
+            _row("macro AUROC", self.macro_auroc, 0.5),
+            _row("macro AUPRC", self.macro_auprc, self.macro_auprc.chance),
+        ]
         if self.accuracy is not None and self.balanced_accuracy is not None:
             rows.append(_row("accuracy", self.accuracy, self.majority_accuracy))
             rows.append(_row("balanced accuracy", self.balanced_accuracy, self.balanced_accuracy.chance))
