@@ -38,6 +38,12 @@ def test_interpolation_stays_in_range_and_keeps_constants(width: int, height: in
     assert not flat.scaled().any()
 
 
+def test_the_view_is_rounded_as_the_crop_is() -> None:
+    even, down = (Preprocess(size=32, crop_rounding=r) for r in ("even", "down"))
+    assert model_view(even, (35, 32))[0] == 2.0  # 1.5 to the even pixel
+    assert model_view(down, (35, 32))[0] == 1.0
+
+
 @given(
     width=st.integers(20, 400),
     height=st.integers(20, 400),

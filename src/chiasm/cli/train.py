@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -26,9 +27,10 @@ def run(
 
     plan = load_recipe(recipe, overrides or [])
     folder = Path(out or plan.run.out or Path("runs") / plan.name)
+    quiet = int(os.environ.get("RANK", "0")) > 0  # under torchrun the first process speaks for all
     try:
         result = train(
-            plan, out=folder, resume=resume, overwrite=overwrite, progress=make_progress(as_json, unit="steps")
+            plan, out=folder, resume=resume, overwrite=overwrite, progress=make_progress(as_json or quiet, unit="steps")
         )
     except KeyboardInterrupt:
         kept = (folder / LAST).exists()
@@ -37,6 +39,8 @@ def run(
             if kept
             else "interrupted before the first checkpoint; nothing was kept"
         ) from None
+    if quiet:
+        return
     if as_json:
         print_json({**asdict(result), "best_dir": str(result.best_dir)})
         return

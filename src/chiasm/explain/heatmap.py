@@ -158,7 +158,7 @@ def model_view(preprocess: Preprocess, image_size: tuple[int, int]) -> View:
         preprocess: The encoder's declaration.
         image_size: Width and height of the original.
 
-    The rounding is the peers': the longer side is truncated, the crop is centred with half-to-even rounding. With
+    The rounding is the peers': the longer side is truncated, the crop is centred as the encoder declares. With
     ``longest_pad`` the view is larger than the image; what ``cut_bottom`` takes away lies outside the view or, with
     ``longest_pad``, in its padding.
     """
@@ -174,7 +174,7 @@ def model_view(preprocess: Preprocess, image_size: tuple[int, int]) -> View:
         shortest = min(width, height)
         new_width = size if width == shortest else int(size * width / shortest)
         new_height = size if height == shortest else int(size * height / shortest)
-        left, top = round((new_width - size) / 2), round((new_height - size) / 2)
+        left, top = preprocess.crop_offset(new_width - size), preprocess.crop_offset(new_height - size)
     x_scale, y_scale = width / max(1, new_width), height / max(1, new_height)
     return left * x_scale, top * y_scale, (left + size) * x_scale, (top + size) * y_scale
 
