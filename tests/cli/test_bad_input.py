@@ -274,7 +274,10 @@ def test_foreign_checkpoints(
 
 
 @pytest.mark.parametrize("name", ["~nobody-of-that-name/model", "x" * 5000, "a\0b", ".", "demo/model"])
-def test_names_that_are_neither_models_nor_paths(chiasm: Run, image: Path, name: str) -> None:
+def test_names_that_are_neither_models_nor_paths(
+    chiasm: Run, image: Path, name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)  # where the demo was run, `demo/model` is a model
     check_message(chiasm("inspect", image, "a", "--model", name, code=1))
 
 
