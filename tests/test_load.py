@@ -76,8 +76,9 @@ def tiny_architecture(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A catalog entry and its two architecture names, small enough for tests."""
     monkeypatch.setitem(ARCHITECTURES, "tiny", openai_config("gelu"))  # type: ignore[arg-type]
     monkeypatch.setitem(ARCHITECTURES, "tiny-quickgelu", openai_config())  # type: ignore[arg-type]
-    source = WeightSource("https://example.org/tiny.pt", "0" * 64, "nowhere")
-    CATALOG.add("openai/tiny", CatalogEntry("openai/tiny", openai_config(), ("tiny/32",), source, licence="MIT"))
+    source = WeightSource("nowhere", url="https://example.org/tiny.pt", sha256="0" * 64)
+    entry = CatalogEntry("openai/tiny", openai_config(), aliases=("tiny/32",), weights=source, licence="MIT")
+    CATALOG.add("openai/tiny", entry)
     yield "openai/tiny"
     del CATALOG._items["openai/tiny"]
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from chiasm.checkpoints import huggingface, native, open_clip, openai
 from chiasm.checkpoints.containers import read_state_dict
+from chiasm.checkpoints.layouts import LAYOUTS, read_parts
 from chiasm.encoders.base import Encoder, EncoderConfig
 from chiasm.encoders.build import build_encoder_model
 from chiasm.encoders.catalog import ARCHITECTURES, CATALOG, CatalogEntry
@@ -70,8 +71,9 @@ def load(
         allow_code: Whether a tower that a model folder names as ``package.module:factory`` may be imported and run.
         pretrained: With a name: the weight file or folder, or the tag ``openai``; None: look in
             ``$CHIASM_HOME/models`` (``~/.cache/chiasm/models``).
-        family: With a bare state dict: whose weights they are (``openai``: QuickGELU, ``open_clip``: GELU), which the
-            file itself cannot tell.
+        family: With a file or folder: whose weights they are, which names and shapes cannot tell. A name of the
+            catalog (``chexzero``), or for any CLIP in OpenAI's key layout ``openai`` (QuickGELU) or ``open_clip``
+            (GELU).
 
     Returns:
         The encoder, in eval mode, in float32.
@@ -82,8 +84,9 @@ def load(
         CheckpointError: Weights absent, foreign, damaged, or not those of the model; nothing in a file is run.
         ConfigError: A tower is code and ``allow_code`` is false.
     """
-    if family is not None and family not in openai.FAMILIES:
-        raise UnknownName("family", family, openai.FAMILIES, hint=f"one of: {', '.join(openai.FAMILIES)}")
+    if family is not None and family not in openai.FAMILIES and CATALOG.find(family) is None:
+        known = [*openai.FAMILIES, *CATALOG.names()]
+        raise UnknownName("family", family, known, hint="`openai`, `open_clip`, or a name that `chiasm models` lists")
     place = _device(device)
     source = _find(name_or_path, pretrained, family)
     return Encoder(_filled(source, allow_code).to(place), source.config, name=source.name)
@@ -113,12 +116,13 @@ def _find(name_or_path: str | Path, pretrained: str | Path | None, family: str |
         found = _given(pretrained) if pretrained not in (None, "openai") else _cached(entry)
         if found is None:
             raise _absent(entry)
-        return _checked(_read(found, family, expected=entry.config), entry.name, entry.config)
+        return _read_entry(found, entry, family)
     path = _home(name)
     if path.exists():
         if pretrained is not None:
             raise InputError("`pretrained` goes with a name, but a path was given")
-        return _read(path, family)
+        named = CATALOG.find(family) if family is not None and family not in openai.FAMILIES else None
+        return _read(path, family) if named is None else _read_entry(path, named, None)
     if isinstance(name_or_path, Path) or name.startswith((".", "~", "/")) or path.suffix in WEIGHT_SUFFIXES:
         raise CheckpointError(f"`{path.name}` does not exist", hint="check the path")
     CATALOG.get(name)  # raises UnknownName with a suggestion
@@ -175,6 +179,26 @@ def _checked(source: _Source, name: str, config: EncoderConfig) -> _Source:
                 hint="load them by their path alone",
             )
     return replace(source, name=name)
+
+
+def _read_entry(path: Path, entry: CatalogEntry, family: str | None) -> _Source:
+    """Read a file or folder that is said to be a model of the catalog."""
+    whole = path.is_dir() and native.is_model_dir(path)
+    if whole or entry.layout == openai.LAYOUT.name:
+        return _checked(_read(path, family, expected=entry.config), entry.name, entry.config)
+    layout = LAYOUTS[entry.layout]
+    tensors = layout.convert(read_parts(path, layout), entry.config.to_dict())
+    return _Source(entry.name, replace(entry.config, tokenizer=_tokenizer_of(path, entry)), tensors)
+
+
+def _tokenizer_of(path: Path, entry: CatalogEntry) -> Mapping[str, Any]:
+    """The tokenizer's declaration: from the files beside the weights where there are some."""
+    folder = path if path.is_dir() else path.parent
+    if entry.config.tokenizer.get("kind") == "huggingface" and entry.config.has_text:
+        for file in ("tokenizer.json", "vocab.txt"):
+            if (folder / file).is_file():
+                return {**entry.config.tokenizer, "source": str(folder)}
+    return entry.config.tokenizer
 
 
 def _read(path: Path, family: str | None, expected: EncoderConfig | None = None) -> _Source:
@@ -246,7 +270,7 @@ def _filled(source: _Source, allow_code: bool) -> DualEncoder:
     _check_declaration(source)
     device: Literal["cpu", "meta"] = "meta" if source.config.is_native else "cpu"
     try:
-        model = build_encoder_model(source.config, seed=0, allow_code=allow_code, device=device)
+        model = build_encoder_model(source.config, seed=0, allow_code=allow_code, device=device, draw=False)
     except RuntimeError as error:  # torch's own, of sizes that cannot be
         raise CheckpointError("the model states a configuration that cannot be built") from error
     expected = model.state_dict()
@@ -359,7 +383,9 @@ def save_encoder(
     Raises:
         CheckpointError: The files cannot be written; what was there before is intact.
     """
-    config = replace(encoder.model.stored_config, tokenizer=encoder.tokenizer.to_dict())
+    config = encoder.model.stored_config
+    if config.has_text:
+        config = replace(config, tokenizer=encoder.tokenizer.to_dict())
     adapted = [name for name in encoder.model.state_dict() if "lora_" in name]
     if not any(name.startswith("visual.") for name in adapted):  # never adapted, or merged since
         config = replace(config, image=replace(config.image, lora=None))

@@ -48,12 +48,33 @@ def test_tiny_encoder(kind: str) -> None:
         ({"pool": "mean"}, {"pool": "mean"}),
         ({"pool": "attention", "pre_norm": False}, {"pool": "last", "causal": False}),
         ({"activation": "gelu"}, {"pool": "cls", "causal": False, "activation": "gelu"}),
+        ({"patch_bias": True, "layer_scale": True, "registers": 3, "pre_norm": False}, {}),
+        ({"registers": 2, "pool": "mean"}, {}),
     ],
 )
 def test_native_options(image: dict[str, Any], text: dict[str, Any]) -> None:
     tiny = TinyEncoder(0)
     config = replace(tiny.config, image=replace(tiny.config.image, **image), text=replace(tiny.config.text, **text))
     check_encoder(Encoder(build_encoder_model(config, seed=0), config, name="options"))
+
+
+@pytest.mark.parametrize("side", ["image", "text"])
+def test_backbones_of_one_side(side: Any) -> None:
+    tiny = TinyEncoder(0)
+    projection = ProjectionConfig(dim=32, image="none", text="none")
+    config = replace(tiny.config, sides=side, projection=projection)
+    model = build_encoder_model(config, seed=0)
+    other = "visual." if side == "text" else "transformer."
+    assert not any(name.startswith(other) for name in model.state_dict())
+    assert "logit_scale" not in model.state_dict()
+    check_encoder(Encoder(model, config, name="one side"))
+
+
+def test_a_model_without_a_scale() -> None:
+    config = replace(TinyEncoder(0).config, scale="none")
+    encoder = Encoder(build_encoder_model(config, seed=0), config, name="no scale")
+    assert encoder.logit_scale is None
+    check_encoder(encoder)
 
 
 SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}

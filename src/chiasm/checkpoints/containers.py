@@ -24,7 +24,7 @@ from chiasm.errors import CheckpointError
 Container = Literal["safetensors", "torch", "torch_legacy", "torchscript"]
 
 #: Keys under which training checkpoints keep the weights, in order of preference.
-WRAPPERS = ("state_dict", "model_state_dict", "model")
+WRAPPERS = ("state_dict", "model_state_dict", "model", "teacher")
 #: Scalars of a training checkpoint that are kept as metadata.
 NOTES = ("epoch", "name", "global_step", "pytorch-lightning_version")
 MAX_SAFETENSORS_HEADER = 100_000_000

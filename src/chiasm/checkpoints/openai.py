@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from chiasm.checkpoints.layout import Layout
 from chiasm.errors import CheckpointError
 
 #: Which activation the weights of a family were trained with. Keys and shapes are the same.
@@ -174,3 +175,6 @@ def _shape(tensors: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[i
     if tensor.ndim != dimensions or 0 in tensor.shape:
         raise CheckpointError(f"`{name}` has the shape {tuple(tensor.shape)}; expected {dimensions} dimensions")
     return tuple(tensor.shape)
+
+
+LAYOUT = Layout("openai", is_openai_layout, lambda tensors, config: tidy(tensors))

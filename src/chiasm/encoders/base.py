@@ -74,8 +74,9 @@ class ImageTowerConfig:
     """One image tower.
 
     Attributes:
-        kind: ``vit`` and ``resnet`` are the native CLIP towers; ``huggingface`` is any vision model of transformers;
-            ``python`` is a factory in the user's own package.
+        kind: ``vit`` and ``resnet`` are the native CLIP towers; ``named`` is one of the field's other towers that
+            chiasm has (``encoders.named``); ``huggingface`` is any vision model of transformers; ``python`` is a
+            factory in the user's own package.
         image_size: Side of the square input, in pixels.
         width: Channels of the ViT, or of the ResNet's stem (64 in RN50).
         layers: Blocks of the ViT, or blocks per stage of the ResNet, ``(3, 4, 6, 3)``.
@@ -88,17 +89,23 @@ class ImageTowerConfig:
             for ``vit``, ``attention`` for ``resnet``, ``none`` otherwise.
         pre_norm: Whether the ViT has CLIP's LayerNorm before the first block (``ln_pre``).
         ln_eps: Epsilon of every LayerNorm of the ViT.
+        patch_bias: Whether the ViT's patch embedding has a bias (timm's and transformers' do, CLIP's does not).
+        layer_scale: Whether each branch of the ViT's blocks is multiplied channel by channel (Touvron et al. 2021,
+            LayerScale; ``ls_1`` and ``ls_2``).
+        registers: Learned tokens of the ViT between the class token and the patches, without positions (Darcet et al.
+            2024).
         position_std: Standard deviation of the positions of a ResNet's attention pool at the start of training; None:
             OpenAI's 1/sqrt(channels). With 1.0 the heads look at different places from the first step, which a small
             model on little data needs to learn left from right (measured: docs/lab-notes.md, 2026-11-21).
-        source: Foreign towers only: model directory or hub name, or ``package.module:factory``.
+        source: Foreign towers only: name in ``encoders.named``, model directory or hub name, or
+            ``package.module:factory``.
         options: Foreign towers only: passed to the builder (checked there).
         output_dim: Foreign towers only: the width that the tower must have, when it is worth stating; None: its own.
         freeze: Lock the tower's weights; its projection still trains.
         lora: Adapt a locked tower with low-rank updates.
     """
 
-    kind: Literal["vit", "resnet", "huggingface", "python"] = "vit"
+    kind: Literal["vit", "resnet", "named", "huggingface", "python"] = "vit"
     image_size: int = 224
     width: int = 768
     layers: int | tuple[int, ...] = 12
@@ -109,6 +116,9 @@ class ImageTowerConfig:
     pool: Literal["auto", "cls", "mean", "attention", "none"] = "auto"
     pre_norm: bool = True
     ln_eps: float = 1e-5
+    patch_bias: bool = False
+    layer_scale: bool = False
+    registers: int = 0
     position_std: float | None = None
     source: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -142,6 +152,13 @@ class ImageTowerConfig:
                 "image.position_std",
                 "belongs to a `resnet` with an attention pool",
             )
+        if self.kind != "vit":
+            _check(
+                not (self.patch_bias or self.layer_scale or self.registers),
+                "image.kind",
+                f"is `{self.kind}`, but `patch_bias`, `layer_scale` and `registers` belong to a `vit`",
+            )
+        _check(self.registers >= 0, "image.registers", f"must not be negative, got {self.registers}")
         if self.is_native:
             _check(self.source is None, "image.source", f"has no meaning for the native kind `{self.kind}`")
             _check(not self.options, "image.options", f"has no meaning for the native kind `{self.kind}`")
@@ -215,8 +232,9 @@ class TextTowerConfig:
     """One text tower.
 
     Attributes:
-        kind: ``clip`` is the native transformer; ``huggingface`` is any text encoder of transformers; ``python`` is a
-            factory in the user's own package.
+        kind: ``clip`` is the native transformer; ``named`` is one of the field's other towers that chiasm has
+            (``encoders.named``); ``huggingface`` is any text encoder of transformers; ``python`` is a factory in the
+            user's own package.
         context_length: Tokens per text, special tokens included.
         vocab_size: Rows of the token embedding (native only).
         width: Channels (native only).
@@ -228,13 +246,14 @@ class TextTowerConfig:
             takes the last position of the full context (SigLIP), ``cls`` takes the first token. ``auto`` is resolved
             at construction: ``eot`` for ``clip``, ``mean`` otherwise.
         causal: Whether a token sees only what precedes it (native only). Without it padding is seen, as in SigLIP.
-        source: Foreign towers only: model directory or hub name, or ``package.module:factory``.
+        source: Foreign towers only: name in ``encoders.named``, model directory or hub name, or
+            ``package.module:factory``.
         options: Foreign towers only: passed to the builder (checked there).
         freeze: Lock the tower's weights; its projection still trains.
         lora: Adapt a locked tower with low-rank updates.
     """
 
-    kind: Literal["clip", "huggingface", "python"] = "clip"
+    kind: Literal["clip", "named", "huggingface", "python"] = "clip"
     context_length: int = 77
     vocab_size: int = 49408
     width: int = 512
@@ -331,6 +350,9 @@ class EncoderConfig:
         logit_bias_init: Start of SigLIP's bias (-10); None: the model has no bias.
         tokenizer: What ``data.tokenizers.make_tokenizer`` reads.
         preprocess: How images are prepared; its size must be the image tower's.
+        sides: ``both``; or ``image`` or ``text`` for a backbone of which the other side does not exist (its declaration
+            is ignored).
+        scale: ``learned``, or ``none`` for a model that was published without a logit scale.
     """
 
     image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
@@ -340,6 +362,8 @@ class EncoderConfig:
     logit_bias_init: float | None = None
     tokenizer: Mapping[str, Any] = field(default_factory=lambda: {"kind": "clip", "context_length": 77})
     preprocess: Preprocess = field(default_factory=Preprocess)
+    sides: Literal["both", "image", "text"] = "both"
+    scale: Literal["learned", "none"] = "learned"
 
     def __post_init__(self) -> None:
         _check(
@@ -349,21 +373,32 @@ class EncoderConfig:
             hint="ln(1/0.07) = 2.6592 is CLIP's",
         )
         _check(
-            self.preprocess.size == self.image.image_size,
+            not self.has_image or self.preprocess.size == self.image.image_size,
             "preprocess.size",
             f"is {self.preprocess.size}, but `image.image_size` is {self.image.image_size}",
         )
         context = self.tokenizer.get("context_length", self.text.context_length)
         _check(
-            context == self.text.context_length,
+            not self.has_text or context == self.text.context_length,
             "tokenizer.context_length",
             f"is {context}, but `text.context_length` is {self.text.context_length}",
         )
 
     @property
+    def has_image(self) -> bool:
+        """Whether there is an image tower."""
+        return self.sides != "text"
+
+    @property
+    def has_text(self) -> bool:
+        """Whether there is a text tower."""
+        return self.sides != "image"
+
+    @property
     def is_native(self) -> bool:
-        """Whether both towers are chiasm's own: such a model can be built without memory (``device="meta"``)."""
-        return self.image.is_native and self.text.is_native
+        """Whether all towers are chiasm's own: such a model can be built without memory (``device="meta"``)."""
+        image = self.image.is_native or not self.has_image
+        return image and (self.text.is_native or not self.has_text)
 
     def to_dict(self) -> dict[str, Any]:
         """Return nested plain JSON values; None fields are left out."""

@@ -6,14 +6,18 @@ loader that assigns them. No weight file is read here.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Generator, nn
+from torch.overrides import TorchFunctionMode
 
 from chiasm.encoders.base import EncoderConfig, ImageTowerConfig, LoraConfig, ProjectionConfig, TextTowerConfig
 from chiasm.encoders.dual import DualEncoder, ProjectedImageTower, ProjectedTextTower
+from chiasm.encoders.named import build_named_tower
 from chiasm.encoders.resnet import ModifiedResNet
 from chiasm.encoders.text import TextTransformer
 from chiasm.encoders.vit import VisionTransformer
@@ -26,6 +30,7 @@ def build_encoder_model(
     allow_code: bool = False,
     seed: int | None = None,
     device: Literal["cpu", "meta"] = "cpu",
+    draw: bool = True,
 ) -> DualEncoder:
     """Build the two towers with their projections.
 
@@ -35,6 +40,7 @@ def build_encoder_model(
         seed: Of the drawn weights; the same seed gives the same weights on every machine's CPU, whatever was drawn
             before. None: taken from torch's global generator.
         device: ``meta`` allocates nothing and draws nothing; for native towers whose weights will be assigned.
+        draw: False leaves the weights of foreign towers as memory was, since they will be assigned: it takes no time.
 
     Returns:
         The model in training mode, locked and adapted as declared.
@@ -46,13 +52,29 @@ def build_encoder_model(
         raise ConfigError("a model with a foreign tower cannot be built on the `meta` device", hint="build it on `cpu`")
     if seed is None:
         seed = int(torch.randint(2**62, ()))
-    with torch.random.fork_rng(devices=[]):
+    visual = text = None
+    with torch.random.fork_rng(devices=[]), nullcontext() if draw else _NoDraws():
         torch.manual_seed(seed)
         generator = Generator().manual_seed(seed)
-        visual = _image_tower(config.image, config.projection, generator, device, allow_code)
-        text = _text_tower(config.text, config.projection, generator, device, allow_code)
+        if config.has_image:
+            visual = _image_tower(config.image, config.projection, generator, device, allow_code)
+        if config.has_text:
+            text = _text_tower(config.text, config.projection, generator, device, allow_code)
         model = DualEncoder(visual, text, config)
     return model.to(device).train()
+
+
+class _NoDraws(TorchFunctionMode):
+    """While it is active, filling a tensor with random numbers leaves it as it is."""
+
+    _DRAWS = frozenset({"normal_", "uniform_", "trunc_normal_", "bernoulli_", "exponential_", "cauchy_", "log_normal_"})
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__name__", "") in self._DRAWS and args and isinstance(args[0], torch.Tensor):
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def _image_tower(
@@ -74,6 +96,8 @@ def _image_tower(
         from chiasm.encoders.huggingface import build_huggingface_image_tower
 
         trunk = build_huggingface_image_tower(config)
+    elif config.kind == "named":
+        trunk = build_named_tower(config)
     else:
         trunk = _python_tower(config, allow_code)
     _check_width(trunk, config.output_dim if not config.is_native else None, "image.output_dim")
@@ -103,6 +127,8 @@ def _text_tower(
         from chiasm.encoders.huggingface import build_huggingface_text_tower
 
         trunk = build_huggingface_text_tower(config)
+    elif config.kind == "named":
+        trunk = build_named_tower(config)
     else:
         trunk = _python_tower(config, allow_code)
     _adapt(trunk, config.freeze, config.lora)
@@ -110,7 +136,7 @@ def _text_tower(
         _check_width(trunk, projection.dim, "projection.dim")
         return trunk
     head = _projection(projection.text, trunk, projection, "text", device)
-    can_trim = config.kind == "huggingface" and config.pool != "last"
+    can_trim = bool(getattr(trunk, "can_trim", config.kind == "huggingface" and config.pool != "last"))
     return ProjectedTextTower(trunk, head, projection.dim, can_trim=can_trim)
 
 

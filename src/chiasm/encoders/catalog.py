@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from chiasm.encoders.base import EncoderConfig, ImageTowerConfig, ProjectionConfig, TextTowerConfig
 from chiasm.errors import UnknownName
@@ -35,22 +35,30 @@ class Figure:
 
 @dataclass(frozen=True)
 class WeightSource:
-    """Where a weight file comes from.
+    """Where weights come from: an address, a repository of the Hugging Face hub, or somebody to ask.
 
     Attributes:
-        url: Official address.
-        sha256: Of the file.
-        source: Where address and digest are printed.
+        source: Where this is printed.
+        url: Official address of the file.
+        sha256: Of the file at ``url``.
+        repository: Name on the hub.
+        files: In the repository: what to fetch (glob patterns); the weights' file first.
+        revision: Documented revision of the repository; empty: none is known, the one of the first download counts.
+        ask: For weights that are handed out on request: where to ask, and for which file.
     """
 
-    url: str
-    sha256: str
     source: str
+    url: str = ""
+    sha256: str = ""
+    repository: str = ""
+    files: tuple[str, ...] = ()
+    revision: str = ""
+    ask: str = ""
 
     @property
     def file_name(self) -> str:
-        """Last part of the address."""
-        return self.url.rsplit("/", 1)[-1]
+        """Name of the weights' file."""
+        return self.url.rsplit("/", 1)[-1] or (self.files[0] if self.files else "")
 
 
 @dataclass(frozen=True)
@@ -61,8 +69,11 @@ class CatalogEntry:
         name: Its name in chiasm.
         config: Its configuration.
         aliases: Other names that ``load`` understands.
-        weights: Where the file comes from; None when no address is known.
+        layout: Key layout of its files (``checkpoints.layouts``).
+        weights: Where the files come from; None when that is not known.
         licence: Of the weights.
+        gate: ``open``: anybody may download; ``agreement``: after accepting terms with an account; ``request``: handed
+            out by the authors.
         description: One sentence.
         training_data: What it was trained on, with the source.
         parameters: Number of weights.
@@ -72,8 +83,10 @@ class CatalogEntry:
     name: str
     config: EncoderConfig
     aliases: tuple[str, ...] = ()
+    layout: str = "openai"
     weights: WeightSource | None = None
     licence: str = ""
+    gate: Literal["open", "agreement", "request"] = "open"
     description: str = ""
     training_data: str = ""
     parameters: int = 0
@@ -121,6 +134,8 @@ class CatalogEntry:
             "preprocess": self.config.preprocess.to_dict(),
             "parameters": self.parameters,
             "licence": self.licence,
+            "gate": self.gate,
+            "layout": self.layout,
             "training_data": self.training_data,
             "weights": None if self.weights is None else vars(self.weights),
             "figures": [vars(f) for f in self.figures],
@@ -222,7 +237,7 @@ def _openai(architecture: str, digest: str, parameters: int, scores: tuple[float
             name=name,
             config=_OPENAI[architecture],
             aliases=tuple(sorted({own, f"openai/{own}", f"openai/{architecture}"} - {name, architecture})),
-            weights=WeightSource(url, digest, _ADDRESSES),
+            weights=WeightSource(_ADDRESSES, url=url, sha256=digest),
             licence=_MIT,
             description=f"OpenAI's CLIP {own}, natural images: {about}",
             training_data=_WEB,

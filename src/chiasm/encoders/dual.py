@@ -112,17 +112,18 @@ class DualEncoder(nn.Module):
     """An image tower and a text tower with a joint space (Radford et al. 2021).
 
     Args:
-        visual: The image tower with its projection.
+        visual: The image tower with its projection; None for a text backbone.
         text: The text tower with its projection; the parts of a :class:`TextTransformer` become this module's own, as
-            in OpenAI's layout.
+            in OpenAI's layout. None for an image backbone.
         config: What both were built from.
 
     Attributes:
-        logit_scale: 0-dim parameter, the LOGARITHM of the multiplier of cosines, as in every CLIP checkpoint.
+        logit_scale: 0-dim parameter, the LOGARITHM of the multiplier of cosines, as in every CLIP checkpoint; None in
+            models that were published without one.
         logit_bias: 0-dim parameter (SigLIP), or None.
     """
 
-    def __init__(self, visual: nn.Module, text: nn.Module, config: EncoderConfig) -> None:
+    def __init__(self, visual: nn.Module | None, text: nn.Module | None, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
         self.visual = visual
@@ -133,9 +134,20 @@ class DualEncoder(nn.Module):
             self.text_plan = text.text_plan
         else:
             self.text = text
-        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init))
+        learned = config.scale == "learned" and config.sides == "both"
+        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init)) if learned else None
         bias = config.logit_bias_init
         self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(bias))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return next(p.dtype for p in self.parameters() if p.is_floating_point())
 
     @property
     def stored_config(self) -> EncoderConfig:
@@ -143,13 +155,17 @@ class DualEncoder(nn.Module):
 
         A foreign tower that has an attribute ``stored`` (its own declaration, complete in itself) replaces its part.
         """
-        image = getattr(self._trunk("image"), "stored", self.config.image)
-        text = getattr(self._trunk("text"), "stored", self.config.text)
+        image, text = self.config.image, self.config.text
+        if self.config.has_image:
+            image = getattr(self._trunk("image"), "stored", image)
+        if self.config.has_text:
+            text = getattr(self._trunk("text"), "stored", text)
         return dataclasses.replace(self.config, image=image, text=text)
 
     def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
         """Return the embeddings (batch, dim) of pixels (batch, 3, size, size)."""
-        features: Tensor = self.visual(images)
+        tower: Any = self.image_side()
+        features: Tensor = tower(images)
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_text(self, ids: Tensor, lengths: Tensor | None = None, normalize: bool = False) -> Tensor:
@@ -161,6 +177,8 @@ class DualEncoder(nn.Module):
                 native towers look for CLIP's end-of-text token, others for the padding id.
             normalize: Whether to scale rows to unit L2 norm.
         """
+        if not self.config.has_text:
+            raise InputError("this encoder has no text side", hint="`chiasm models` lists those that have both")
         parts: Any = self
         features: Tensor = text_features(parts, ids, lengths) if self.text is None else self.text(ids, lengths)
         return F.normalize(features, dim=-1) if normalize else features
@@ -170,6 +188,8 @@ class DualEncoder(nn.Module):
 
         ``logit_bias`` is there too when the model has one.
         """
+        if self.logit_scale is None:
+            raise InputError("this encoder has no logit scale to train with")
         out = {
             "image_features": self.encode_image(images, normalize=True),
             "text_features": self.encode_text(ids, lengths, normalize=True),
@@ -190,7 +210,7 @@ class DualEncoder(nn.Module):
         Raises:
             InputError: A foreign tower that has no patch tokens, or a mode that the tower does not know.
         """
-        tower: Any = self.visual
+        tower: Any = self.image_side()
         if isinstance(tower, VisionTransformer):
             features = tower.patch_features(images, mode)
         elif mode != "auto":
@@ -205,7 +225,7 @@ class DualEncoder(nn.Module):
         Raises:
             InputError: A tower that cannot.
         """
-        for side in ("image", "text"):
+        for side in self._sides():
             _checkpoint_tower(self._trunk(side), side, enable)
 
     def train(self, mode: bool = True) -> Self:
@@ -213,13 +233,23 @@ class DualEncoder(nn.Module):
         super().train(mode)
         if not mode:
             return self
-        for side, tower in (("image", self.config.image), ("text", self.config.text)):
+        for side in self._sides():
+            tower = self.config.image if side == "image" else self.config.text
             if tower.freeze and tower.lora is None:
                 self._trunk(side).eval()
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d) and not any(p.requires_grad for p in module.parameters()):
                 module.eval()
         return self
+
+    def _sides(self) -> tuple[str, ...]:
+        return ("image", "text") if self.config.sides == "both" else (self.config.sides,)
+
+    def image_side(self) -> nn.Module:
+        """Return the image tower with its projection; ``InputError`` where there is none."""
+        if self.visual is None:
+            raise InputError("this encoder has no image side", hint="`chiasm models` lists those that have both")
+        return self.visual
 
     def _trunk(self, side: str) -> nn.Module:
         tower: Any

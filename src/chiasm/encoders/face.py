@@ -84,7 +84,7 @@ class Encoder:
     @property
     def device(self) -> torch.device:
         """Where the weights lie."""
-        return self.model.logit_scale.device
+        return self.model.device
 
     @property
     def preprocess_spec(self) -> Preprocess:
@@ -102,7 +102,12 @@ class Encoder:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that belongs to the text tower."""
+        """The tokenizer that belongs to the text tower; ``InputError`` where there is no text side."""
+        if not self.config.has_text:
+            raise InputError(
+                f"`{self.name}` has no text side, so it has no tokenizer",
+                hint="`chiasm models` lists the encoders that have both sides",
+            )
         if self._tokenizer is None:
             from chiasm.data.tokenizers import make_tokenizer
 
@@ -110,9 +115,13 @@ class Encoder:
         return self._tokenizer
 
     @property
-    def logit_scale(self) -> float:
-        """The multiplier of cosines, about 100 after training: NOT its logarithm, which the state dict holds."""
-        return float(self.model.logit_scale.detach().double().exp())
+    def logit_scale(self) -> float | None:
+        """The multiplier of cosines, about 100 after training: NOT its logarithm, which the state dict holds.
+
+        None for a model that was published without one.
+        """
+        log_scale = self.model.logit_scale
+        return None if log_scale is None else float(log_scale.detach().double().exp())
 
     @property
     def logit_bias(self) -> float | None:
@@ -251,7 +260,7 @@ class Encoder:
     def _pixels(self, pixels: Tensor) -> Tensor:
         if pixels.ndim == 3:
             pixels = pixels[None]
-        dtype = self.model.logit_scale.dtype
+        dtype = self.model.dtype
         return pixels.to(self.device, dtype if pixels.is_floating_point() else None)
 
     def _tokens(self, tokens: Tensor | Tokens | str | Sequence[str]) -> tuple[Tensor, Tensor | None]:

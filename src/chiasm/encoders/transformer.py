@@ -2,7 +2,7 @@
 
 In: token vectors (batch, tokens, width). Out: the same shape, or the first token alone. One product makes queries, keys
 and values; attention is PyTorch's fused kernel; no dropout. Keys: ``resblocks.N.{ln_1, attn.in_proj_weight,
-attn.in_proj_bias, attn.out_proj, ln_2, mlp.c_fc, mlp.c_proj}``.
+attn.in_proj_bias, attn.out_proj, ln_2, mlp.c_fc, mlp.c_proj}``, and open_clip's ``{ls_1, ls_2}.gamma``.
 """
 
 from __future__ import annotations
@@ -101,22 +101,45 @@ class MLP(nn.Module):
         return out
 
 
-class Block(nn.Module):
-    """One residual block: attention, then an MLP, each behind its LayerNorm."""
+class LayerScale(nn.Module):
+    """Multiply channel by channel (Touvron et al. 2021, CaiT); starts at 1e-5."""
 
-    def __init__(self, width: int, heads: int, *, mlp_ratio: float, activation: Activation, ln_eps: float) -> None:
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale the last axis."""
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """One residual block: attention, then an MLP, each behind its LayerNorm and, where wanted, before a LayerScale."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        mlp_ratio: float,
+        activation: Activation,
+        ln_eps: float,
+        layer_scale: bool = False,
+    ) -> None:
         super().__init__()
         hidden = int(width * mlp_ratio)
         self.ln_1 = LayerNorm(width, eps=ln_eps)
         self.attn = Attention(width, heads)
         self.ln_2 = LayerNorm(width, eps=ln_eps)
         self.mlp = MLP(width, hidden, activation)
+        self.ls_1 = LayerScale(width) if layer_scale else nn.Identity()
+        self.ls_2 = LayerScale(width) if layer_scale else nn.Identity()
 
     def forward(self, x: Tensor, causal: bool = False, mode: AttentionMode = "all") -> tuple[Tensor, Tensor | None]:
         """Return the tokens (only the first in mode ``first``) and, in mode ``weights``, the attention weights."""
         attended, weights = self.attn(self.ln_1(x), causal=causal, mode=mode)
-        x = (x[:, :1] if mode == "first" else x) + attended
-        return x + self.mlp(self.ln_2(x)), weights
+        x = (x[:, :1] if mode == "first" else x) + self.ls_1(attended)
+        return x + self.ls_2(self.mlp(self.ln_2(x))), weights
 
 
 class Transformer(nn.Module):
@@ -135,13 +158,15 @@ class Transformer(nn.Module):
         mlp_ratio: float = 4.0,
         activation: Activation = "quick_gelu",
         ln_eps: float = 1e-5,
+        layer_scale: bool = False,
     ) -> None:
         super().__init__()
         self.width = width
         self.layers = layers
         self.grad_checkpointing = False
         self.resblocks = nn.ModuleList(
-            Block(width, heads, mlp_ratio=mlp_ratio, activation=activation, ln_eps=ln_eps) for _ in range(layers)
+            Block(width, heads, mlp_ratio=mlp_ratio, activation=activation, ln_eps=ln_eps, layer_scale=layer_scale)
+            for _ in range(layers)
         )
 
     def forward(self, x: Tensor, *, causal: bool = False, last: AttentionMode = "all") -> Tensor:
@@ -213,3 +238,5 @@ def init_standard(module: nn.Module, generator: Generator) -> None:
             module.bias.uniform_(-bound, bound, generator=generator)
     elif isinstance(module, (nn.LayerNorm, nn.BatchNorm2d)):
         module.reset_parameters()
+    elif isinstance(module, LayerScale):
+        module.gamma.fill_(1e-5)

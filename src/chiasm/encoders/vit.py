@@ -3,7 +3,8 @@
 In: pixels (batch, 3, size, size), normalised. Out: (batch, output_dim). The patch embedding is one matrix product; with
 class-token pooling the last block computes the class token alone, which is exact. Keys are OpenAI's: ``conv1``,
 ``class_embedding``, ``positional_embedding``, ``ln_pre``, ``transformer``, ``ln_post``, ``proj`` (and open_clip's
-``attn_pool``).
+``attn_pool``). With ``patch_bias``, ``layer_scale``, ``registers`` and without ``pre_norm`` it is the ViT of timm, DINO
+and DINOv2 too; where those give the class token no position, row 0 of ``positional_embedding`` is zero.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ class ViTFeatures(NamedTuple):
 
     Attributes:
         pooled: (batch, output_dim), the embedding.
-        tokens: (batch, 1 + patches, width), class token first, after the last block and before ``ln_post``.
-        attentions: One (batch, heads, 1 + patches, 1 + patches) a block, rows sum to 1, inside the graph of ``pooled``;
-            empty when they were not asked for.
+        tokens: (batch, 1 + registers + patches, width), class token first, after the last block and before ``ln_post``.
+        attentions: One (batch, heads, tokens, tokens) a block, rows sum to 1, inside the graph of ``pooled``; empty
+            when they were not asked for.
     """
 
     pooled: Tensor
@@ -86,6 +87,7 @@ class VisionTransformer(nn.Module):
     Attributes:
         output_dim: Dimensions of the output.
         image_size: Side of the square input, in pixels.
+        first_patch: Position of the first patch among the tokens.
     """
 
     def __init__(self, config: ImageTowerConfig, output_dim: int | None) -> None:
@@ -96,9 +98,11 @@ class VisionTransformer(nn.Module):
         self.image_size = config.image_size
         self.patch_size = config.patch_size
         self.grid = config.image_size // config.patch_size
-        self.conv1 = nn.Conv2d(3, width, config.patch_size, config.patch_size, bias=False)
+        self.first_patch = 1 + config.registers
+        self.conv1 = nn.Conv2d(3, width, config.patch_size, config.patch_size, bias=config.patch_bias)
         self.class_embedding = nn.Parameter(torch.empty(width))
         self.positional_embedding = nn.Parameter(torch.empty(self.grid**2 + 1, width))
+        self.registers = nn.Parameter(torch.empty(config.registers, width)) if config.registers else None
         self.ln_pre = LayerNorm(width, eps=config.ln_eps) if config.pre_norm else nn.Identity()
         self.transformer = Transformer(
             width,
@@ -107,6 +111,7 @@ class VisionTransformer(nn.Module):
             mlp_ratio=config.mlp_ratio,
             activation=config.activation,
             ln_eps=config.ln_eps,
+            layer_scale=config.layer_scale,
         )
         self.attn_pool: AttentionalPooler | None = None
         pooled_dim = width
@@ -148,7 +153,8 @@ class VisionTransformer(nn.Module):
         """
         if mode == "auto":
             mode = "values" if self.pool == "cls" else "tokens"
-        x = self.transformer(self._embed(pixels), last="values" if mode == "values" else "all")[:, 1:]
+        x = self.transformer(self._embed(pixels), last="values" if mode == "values" else "all")
+        x = x[:, self.first_patch :]
         if self.attn_pool is not None:
             x = self.attn_pool.values(x)
         return self._project(self.ln_post(x)).reshape(len(x), self.grid, self.grid, self.output_dim)
@@ -168,6 +174,8 @@ class VisionTransformer(nn.Module):
                 init_standard(module, generator)
             self.class_embedding.normal_(std=std, generator=generator)
             self.positional_embedding.normal_(std=std, generator=generator)
+            if self.registers is not None:
+                self.registers.normal_(std=std, generator=generator)
             if self.proj is not None:
                 self.proj.normal_(std=std, generator=generator)
         self.transformer.init_weights(generator, scaled=False)
@@ -182,9 +190,13 @@ class VisionTransformer(nn.Module):
         check_pixels(pixels, self.image_size)
         p = self.patch_size
         patches = pixels.unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
-        x = F.linear(patches, self.conv1.weight.flatten(1))
+        x = F.linear(patches, self.conv1.weight.flatten(1), self.conv1.bias)
         first = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)
-        embedded: Tensor = self.ln_pre(torch.cat([first, x], dim=1) + self.positional_embedding)
+        x = torch.cat([first, x], dim=1) + self.positional_embedding
+        if self.registers is not None:
+            between = self.registers.to(x.dtype).expand(len(x), -1, -1)
+            x = torch.cat([x[:, :1], between, x[:, 1:]], dim=1)
+        embedded: Tensor = self.ln_pre(x)
         return embedded
 
     def _pooled(self, tokens: Tensor) -> Tensor:
@@ -192,7 +204,7 @@ class VisionTransformer(nn.Module):
             return self._project(self.ln_post(self.attn_pool(tokens))[:, 0])
         if self.pool == "cls":
             return self._project(self.ln_post(tokens[:, 0]))
-        return self._project(self.ln_post(tokens[:, 1:]).mean(1))
+        return self._project(self.ln_post(tokens[:, self.first_patch :]).mean(1))
 
     def _project(self, x: Tensor) -> Tensor:
         return x if self.proj is None else x @ self.proj

@@ -111,9 +111,9 @@ def randomisation_check(
         known = {key: text_direction(encoder, key) for key in dict.fromkeys(keys)}
         directions = torch.stack([known[key] for key in keys])
         pixels = image_batch(encoder, images)
-        trained = _draw(encoder.model.visual, pixels, directions, name, batch_size)
+        trained = _draw(encoder.model.image_side(), pixels, directions, name, batch_size)
         for seed in seeds:
-            shuffled = _draw(shuffle_weights(encoder.model.visual, seed), pixels, directions, name, batch_size)
+            shuffled = _draw(shuffle_weights(encoder.model.image_side(), seed), pixels, directions, name, batch_size)
             for a, b in zip(trained, shuffled, strict=True):
                 correlations.append(rank_correlation(a, b))
                 similarities.append(structural_similarity(a, b))

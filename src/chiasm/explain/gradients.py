@@ -111,5 +111,5 @@ def attention_relevance(visual: nn.Module, pixels: Tensor, directions: Tensor) -
             weighted = (gradient * attention).float().relu().mean(1)
             relevance = relevance + weighted @ relevance
         relevance = relevance - torch.eye(tokens, device=pixels.device)
-        row = relevance[:, 0] if trunk.pool == "cls" else relevance[:, 1:].mean(1)
-        return row[:, 1:].reshape(len(pixels), trunk.grid, trunk.grid)
+        row = relevance[:, 0] if trunk.pool == "cls" else relevance[:, trunk.first_patch :].mean(1)
+        return row[:, trunk.first_patch :].reshape(len(pixels), trunk.grid, trunk.grid)

@@ -104,7 +104,7 @@ def choose_method(encoder: Encoder, method: MethodName = "auto") -> str:
         UnknownName: When there is no such method.
     """
     if method == "auto":
-        return natural_method(encoder.model.visual)
+        return natural_method(encoder.model.image_side())
     if method not in METHODS:
         raise UnknownName("method", method, METHODS, hint=f"methods: auto, {', '.join(METHODS)}")
     return method
@@ -190,7 +190,7 @@ def _maps(
     directions: Tensor,
     method: str,
 ) -> list[HeatMap]:
-    visual = encoder.model.visual
+    visual = encoder.model.image_side()
     pixels = image_batch(encoder, images)
     values = METHODS[method](visual, pixels, directions)
     with torch.inference_mode():

@@ -70,7 +70,7 @@ def image_batch(encoder: Encoder, images: Sequence[Image]) -> Tensor:
     if not images:
         raise InputError("no image was given to explain")
     pixels = torch.stack([encoder.preprocess(image) for image in images])
-    return pixels.to(encoder.device, encoder.model.logit_scale.dtype)
+    return pixels.to(encoder.device, encoder.model.dtype)
 
 
 def text_direction(encoder: Encoder, text: str | Sequence[str], against: Sequence[str] = ()) -> Tensor:

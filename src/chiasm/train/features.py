@@ -55,6 +55,7 @@ class LockedSides(nn.Module):
     def forward(self, images: Tensor, ids: Tensor, lengths: Tensor | None = None) -> dict[str, Tensor]:
         """Return what :meth:`DualEncoder.forward` returns, and ``text_guide``: unit features of a locked text tower."""
         dual = self.dual
+        assert dual.logit_scale is not None
         image = project_image(dual, images) if self.image else dual.encode_image(images)
         text = project_text(dual, ids) if self.text else dual.encode_text(ids, lengths)
         out = {
@@ -178,7 +179,7 @@ def cache_image_features(
         TrainingError: When the file cannot be written.
     """
     tower = bare_image_tower(model)
-    device = model.logit_scale.device
+    device = model.device
 
     def batches() -> Iterator[NDArray[np.float32]]:
         for view in range(views):
@@ -203,7 +204,7 @@ def cache_text_features(
         TrainingError: When the file cannot be written.
     """
     tower = bare_text_tower(model)
-    device = model.logit_scale.device
+    device = model.device
 
     def batches() -> Iterator[NDArray[np.float32]]:
         for start in range(0, len(table.texts), BATCH):

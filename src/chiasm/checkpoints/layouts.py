@@ -1,0 +1,55 @@
+"""The table of key layouts: how the names in a published weight file become the names of chiasm's model.
+
+In: a file or folder and the name of a layout. Out: tensors under the model's names. A layout says how it is recognised,
+which files hold it, and how it is converted to a stated configuration; it never decides whose weights they are, because
+keys cannot tell that (OpenAI's B/32, CheXzero and QuiltNet share theirs): the catalog's entry does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from chiasm.checkpoints import openai, timm
+from chiasm.checkpoints.containers import read_state_dict
+from chiasm.checkpoints.layout import Layout
+from chiasm.errors import CheckpointError
+
+LAYOUTS: Mapping[str, Layout] = {layout.name: layout for layout in (openai.LAYOUT, timm.LAYOUT)}
+
+
+def find_layout(tensors: Mapping[str, Tensor]) -> Layout | None:
+    """Return the layout whose names these are, or None."""
+    return next((layout for layout in LAYOUTS.values() if layout.matches(tensors)), None)
+
+
+def read_parts(path: str | Path, layout: Layout) -> dict[str, Tensor]:
+    """Return all tensors of a model from a file, or from the files of a folder that the layout names.
+
+    Raises:
+        CheckpointError: A file is absent, damaged, or holds another layout.
+    """
+    path = Path(path)
+    tensors: dict[str, Tensor] = {}
+    if path.is_file():
+        if len(layout.parts) > 1:
+            names = ", ".join(f"`{candidates[0]}`" for candidates in layout.parts.values())
+            raise CheckpointError(
+                f"`{path.name}` is one of {len(layout.parts)} parts of this model", hint=f"give the folder with {names}"
+            )
+        tensors = dict(read_state_dict(path).tensors)
+    else:
+        for prefix, candidates in layout.parts.items():
+            file = next((f for c in candidates for f in sorted(path.glob(c)) if f.is_file()), None)
+            if file is None:
+                raise CheckpointError(
+                    f"folder `{path.name}` lacks weights", hint=f"expected one of: {', '.join(candidates)}"
+                )
+            tensors.update({f"{prefix}{k}": v for k, v in read_state_dict(file).tensors.items()})
+    if not layout.matches(tensors):
+        other = find_layout(tensors)
+        what = f"their names are those of the layout `{other.name}`" if other else "chiasm does not know their names"
+        raise CheckpointError(f"the weights in `{path.name}` are not in the layout `{layout.name}`: {what}")
+    return tensors

@@ -1,0 +1,126 @@
+"""timm's names of a ViT, which DINO and DINOv2 share: UNI, kaiko's models, BiomedCLIP's trunk and more.
+
+In: ``cls_token``, ``pos_embed``, ``patch_embed.proj``, ``blocks.N.*``, ``norm`` (``reg_token`` or ``register_tokens``).
+Out: the names of :class:`chiasm.encoders.vit.VisionTransformer`. Positions are resized to the declared input as timm
+(bicubic with antialiasing) or DINOv2 (bicubic without) does it, see :func:`resize_positions`.
+
+References:
+    timm ``vision_transformer.py`` (``resample_abs_pos_embed``, ``_convert_dinov2``); facebookresearch/dinov2
+    ``interpolate_pos_encoding``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from chiasm.checkpoints.layout import Layout, renamed
+from chiasm.errors import CheckpointError
+
+BLOCK = r"blocks\.(?:\d+\.(?=\d+\.))?(\d+)\."  # DINOv2's training checkpoints put blocks into chunks
+RULES = (
+    (r"patch_embed\.proj\.", "conv1."),
+    (BLOCK + r"norm1\.", r"transformer.resblocks.\1.ln_1."),
+    (BLOCK + r"norm2\.", r"transformer.resblocks.\1.ln_2."),
+    (BLOCK + r"attn\.qkv\.", r"transformer.resblocks.\1.attn.in_proj_"),
+    (BLOCK + r"attn\.proj\.", r"transformer.resblocks.\1.attn.out_proj."),
+    (BLOCK + r"mlp\.fc1\.", r"transformer.resblocks.\1.mlp.c_fc."),
+    (BLOCK + r"mlp\.fc2\.", r"transformer.resblocks.\1.mlp.c_proj."),
+    (BLOCK + r"ls([12])\.gamma$", r"transformer.resblocks.\1.ls_\2.gamma"),
+    (r"norm\.", "ln_post."),
+)
+#: Entries that files carry and models lack, each with the reason for which it may be dropped.
+DROPPED: Mapping[str, str] = {
+    "mask_token": "stands for masked patches while DINOv2 trains",
+    "head.": "DINO's projection head, or a classifier: no part of the features",
+    "fc_norm.": "belongs to a classifier with mean pooling",
+    "dino_head.": "DINOv2's projection head",
+    "ibot_head.": "DINOv2's projection head",
+}
+PREFIXES = ("module.", "backbone.", "trunk.")
+
+
+def plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors without the prefixes that training wraps put before every backbone name."""
+    result: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        short = name
+        for prefix in PREFIXES:
+            short = short.removeprefix(prefix)
+        result[short] = tensor
+    return result
+
+
+def is_timm_vit(tensors: Mapping[str, Tensor]) -> bool:
+    """Return whether the names are those of a ViT of timm, DINO or DINOv2, training wraps allowed."""
+    names = plain_names(tensors)
+    return "patch_embed.proj.weight" in names and "cls_token" in names and "pos_embed" in names
+
+
+def to_native(tensors: Mapping[str, Tensor], image: Mapping[str, Any], *, antialias: bool = True) -> dict[str, Tensor]:
+    """Return a ViT's tensors under the names of chiasm's ViT, without ``visual.``.
+
+    Args:
+        tensors: In timm's names, without prefixes; what is not understood keeps its name.
+        image: The tower's declaration: ``image_size``, ``patch_size``.
+        antialias: How positions are resized, see :func:`resize_positions`.
+
+    Raises:
+        CheckpointError: Positions that fit no square grid.
+    """
+    grid = int(image["image_size"]) // int(image["patch_size"])
+    result: dict[str, Tensor] = {}
+    class_token = tensors["cls_token"].reshape(-1)
+    positions = tensors["pos_embed"]
+    if positions.ndim != 3 or len(positions) != 1 or positions.shape[2] != len(class_token):
+        raise CheckpointError(f"`pos_embed` has the shape {tuple(positions.shape)}; expected (1, positions, width)")
+    positions = positions[0]
+    side = math.isqrt(len(positions))
+    if side**2 == len(positions):  # positions of patches alone: the class token has none
+        positions = torch.cat([torch.zeros_like(positions[:1]), positions])
+    result["positional_embedding"] = resize_positions(positions, grid, antialias=antialias)
+    result["class_embedding"] = class_token
+    for name, tensor in tensors.items():
+        if name in ("cls_token", "pos_embed") or any(name == d or name.startswith(d) for d in DROPPED):
+            continue
+        if name in ("reg_token", "register_tokens"):
+            result["registers"] = tensor.reshape(-1, tensor.shape[-1])
+            continue
+        result[renamed(name, RULES)] = tensor
+    return result
+
+
+def resize_positions(positions: Tensor, grid: int, *, antialias: bool) -> Tensor:
+    """Return positional embeddings (1 + grid², width) for another grid; the class token's row is kept.
+
+    Args:
+        positions: (1 + side², width).
+        grid: Patches along a side.
+        antialias: timm and open_clip: True; DINO and DINOv2: False.
+
+    Raises:
+        CheckpointError: The patches' rows are no square.
+    """
+    rows = len(positions) - 1
+    side = math.isqrt(max(rows, 0))
+    if side < 1 or side**2 != rows:
+        raise CheckpointError(f"{rows} positions of patches form no square grid")
+    if side == grid:
+        return positions
+    square = positions[1:].float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    resized = F.interpolate(square, (grid, grid), mode="bicubic", align_corners=False, antialias=antialias)
+    flat = resized.permute(0, 2, 3, 1).reshape(grid**2, -1).to(positions.dtype)
+    return torch.cat([positions[:1], flat])
+
+
+def _convert(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    native = to_native(plain_names(tensors), config["image"])
+    return {f"visual.{name}": tensor for name, tensor in native.items()}
+
+
+LAYOUT = Layout("timm_vit", is_timm_vit, _convert)
