@@ -40,7 +40,7 @@ def build_encoder_model(
         seed: Of the drawn weights; the same seed gives the same weights on every machine's CPU, whatever was drawn
             before. None: taken from torch's global generator.
         device: ``meta`` allocates nothing and draws nothing; for native towers whose weights will be assigned.
-        draw: False leaves the weights of foreign towers as memory was, since they will be assigned: it takes no time.
+        draw: False fills foreign towers with zeros, since their weights will be assigned: it takes little time.
 
     Returns:
         The model in training mode, locked and adapted as declared.
@@ -65,7 +65,10 @@ def build_encoder_model(
 
 
 class _NoDraws(TorchFunctionMode):
-    """While it is active, filling a tensor with random numbers leaves it as it is."""
+    """While it is active, tensors are filled with zeros instead of random numbers.
+
+    Zeros and not nothing: torch draws a truncated normal again until all numbers lie inside the bounds.
+    """
 
     _DRAWS = frozenset({"normal_", "uniform_", "trunc_normal_", "bernoulli_", "exponential_", "cauchy_", "log_normal_"})
 
@@ -73,7 +76,7 @@ class _NoDraws(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if getattr(func, "__name__", "") in self._DRAWS and args and isinstance(args[0], torch.Tensor):
-            return args[0]
+            return args[0].zero_()
         return func(*args, **(kwargs or {}))
 
 

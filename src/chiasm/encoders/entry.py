@@ -1,0 +1,137 @@
+"""What is said about a model that has a name: its declaration, its files, what is known about it.
+
+In: nothing. Out: :class:`CatalogEntry`, of which ``encoders.models`` holds one file per family. torch is not imported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from chiasm.encoders.base import EncoderConfig
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A published score.
+
+    Attributes:
+        task: What was done, on which data.
+        metric: Name of the number.
+        value: The number; fractions lie in [0, 1].
+        source: Where it is printed.
+    """
+
+    task: str
+    metric: str
+    value: float
+    source: str
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """Where weights come from: an address, a repository of the Hugging Face hub, or somebody to ask.
+
+    Attributes:
+        source: Where this is printed.
+        url: Official address of the file.
+        sha256: Of the file at ``url``.
+        repository: Name on the hub.
+        files: In the repository: what to fetch (glob patterns); the weights' file first.
+        revision: Documented revision of the repository; empty: none is known, the one of the first download counts.
+        ask: For weights that are handed out on request: where to ask, and for which file.
+    """
+
+    source: str
+    url: str = ""
+    sha256: str = ""
+    repository: str = ""
+    files: tuple[str, ...] = ()
+    revision: str = ""
+    ask: str = ""
+
+    @property
+    def file_name(self) -> str:
+        """Name of the weights' file."""
+        return self.url.rsplit("/", 1)[-1] or (self.files[0] if self.files else "")
+
+
+@dataclass(frozen=True)
+class CatalogEntry:
+    """One model: what it is, where its weights come from, what is known about it.
+
+    Attributes:
+        name: Its name in chiasm.
+        config: Its configuration.
+        aliases: Other names that ``load`` understands.
+        layout: Key layout of its files (``checkpoints.layouts``).
+        weights: Where the files come from; None when that is not known.
+        licence: Of the weights.
+        gate: ``open``: anybody may download; ``agreement``: after accepting terms with an account; ``request``: handed
+            out by the authors.
+        description: One sentence.
+        training_data: What it was trained on, with the source.
+        parameters: Number of weights.
+        figures: Published scores.
+    """
+
+    name: str
+    config: EncoderConfig
+    aliases: tuple[str, ...] = ()
+    layout: str = "openai"
+    weights: WeightSource | None = None
+    licence: str = ""
+    gate: Literal["open", "agreement", "request"] = "open"
+    description: str = ""
+    training_data: str = ""
+    parameters: int = 0
+    figures: tuple[Figure, ...] = field(default=())
+
+    @property
+    def image_tower(self) -> str:
+        """Short description of the image tower."""
+        image = self.config.image
+        if image.kind == "vit":
+            return f"ViT {image.width}x{image.layers}, patch {image.patch_size}"
+        if image.kind == "resnet":
+            blocks = "-".join(map(str, image.layers)) if isinstance(image.layers, tuple) else str(image.layers)
+            return f"CLIP ResNet {blocks}"
+        return f"{image.kind}: {image.source}"
+
+    @property
+    def text_tower(self) -> str:
+        """Short description of the text tower."""
+        text = self.config.text
+        return f"CLIP {text.width}x{text.layers}, {text.context_length} tokens" if text.is_native else str(text.source)
+
+    @property
+    def dim(self) -> int:
+        """Dimensions of the joint space."""
+        return self.config.projection.dim
+
+    @property
+    def image_size_px(self) -> int:
+        """Side of the input."""
+        return self.config.image.image_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            "name": self.name,
+            "aliases": list(self.aliases),
+            "description": self.description,
+            "image_tower": self.image_tower,
+            "text_tower": self.text_tower,
+            "dim": self.dim,
+            "image_size_px": self.image_size_px,
+            "activation": self.config.image.activation if self.config.image.kind == "vit" else "relu",
+            "tokenizer": dict(self.config.tokenizer),
+            "preprocess": self.config.preprocess.to_dict(),
+            "parameters": self.parameters,
+            "licence": self.licence,
+            "gate": self.gate,
+            "layout": self.layout,
+            "training_data": self.training_data,
+            "weights": None if self.weights is None else vars(self.weights),
+            "figures": [vars(f) for f in self.figures],
+        }

@@ -1,0 +1,1 @@
+"""The models that have a name: one file per family, each with its ``ENTRIES``. torch is not imported."""
