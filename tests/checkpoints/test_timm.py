@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,36 @@ def test_positions_are_resized_to_the_declared_input() -> None:
     assert native["positional_embedding"].shape == (65, WIDTH)
     flat = torch.ones(17, 3)
     torch.testing.assert_close(resize_positions(flat, 7, antialias=True), torch.ones(50, 3))
+    torch.testing.assert_close(resize_positions(flat, 7, antialias=False, offset=0.1), torch.ones(50, 3))
     with pytest.raises(CheckpointError, match="no square grid"):
         resize_positions(torch.ones(16, 3), 7, antialias=True)
+
+
+def test_dino_samples_positions_at_a_grid_that_is_a_tenth_larger() -> None:
+    """Its own rule, written out: row i lies at (i + ½) · side / (grid + 0.1) - ½, weights of Keys' cubic, a = -¾."""
+    side, grid = 6, 4
+    state = timm_state()
+    state["pos_embed"] = torch.randn(1, side**2 + 1, WIDTH, generator=torch.Generator().manual_seed(3))
+    found = resize_positions(state["pos_embed"][0], grid, antialias=False, offset=0.1)
+    weights = torch.zeros(grid, side, dtype=torch.float64)
+    for i in range(grid):
+        place = (i + 0.5) * side / (grid + 0.1) - 0.5
+        first = math.floor(place)
+        for j in range(first - 1, first + 3):
+            x = abs(place - j)
+            near = 1.25 * x**3 - 2.25 * x**2 + 1
+            far = -0.75 * (x**3 - 5 * x**2 + 8 * x - 4)
+            weights[i, min(max(j, 0), side - 1)] += near if x <= 1 else far
+    square = state["pos_embed"][0, 1:].double().reshape(side, side, WIDTH)
+    expected = torch.einsum("ai,bj,ijw->abw", weights, weights, square).reshape(grid**2, WIDTH)
+    torch.testing.assert_close(found[1:].double(), expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(found[0], state["pos_embed"][0, 0])
+    for wrong in ({"antialias": True}, {"antialias": False}):
+        other = resize_positions(state["pos_embed"][0], grid, **wrong)
+        assert float((other[1:] - expected).abs().max()) > 1e-2
+    image = {"image_size": grid * PATCH, "patch_size": PATCH}
+    converted = LAYOUTS["dino_vit"].convert(state, {"image": image})
+    torch.testing.assert_close(converted["visual.positional_embedding"], found)
 
 
 def test_reading_a_folder_and_a_foreign_file(tmp_path: Path) -> None:

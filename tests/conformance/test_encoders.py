@@ -28,7 +28,12 @@ def reduced(config: EncoderConfig) -> EncoderConfig:
         size = 64
         image = replace(image, width=8, layers=(1,) * len(image.layers), heads=4, image_size=size)  # type: ignore[arg-type]
     text = replace(config.text, width=config.text.width // 8, layers=2, heads=4)
-    return replace(config, image=image, text=text, preprocess=replace(config.preprocess, size=size))
+    projection = config.projection
+    if config.sides == "image" and image.kind == "vit":  # a backbone: its width is the dimension
+        projection = replace(projection, dim=image.width)
+    return replace(
+        config, image=image, text=text, projection=projection, preprocess=replace(config.preprocess, size=size)
+    )
 
 
 @pytest.mark.parametrize("name", CATALOG.names())
@@ -50,6 +55,7 @@ def test_tiny_encoder(kind: str) -> None:
         ({"activation": "gelu"}, {"pool": "cls", "causal": False, "activation": "gelu"}),
         ({"patch_bias": True, "layer_scale": True, "registers": 3, "pre_norm": False}, {}),
         ({"registers": 2, "pool": "mean"}, {}),
+        ({"activation": "swiglu", "mlp_ratio": 5.33334}, {}),
     ],
 )
 def test_native_options(image: dict[str, Any], text: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from chiasm.checkpoints.containers import read_state_dict
 from chiasm.checkpoints.layout import Layout
 from chiasm.errors import CheckpointError
 
-LAYOUTS: Mapping[str, Layout] = {layout.name: layout for layout in (openai.LAYOUT, timm.LAYOUT)}
+LAYOUTS: Mapping[str, Layout] = {layout.name: layout for layout in (openai.LAYOUT, timm.LAYOUT, timm.DINO_LAYOUT)}
 
 
 def find_layout(tensors: Mapping[str, Tensor]) -> Layout | None:

@@ -1,12 +1,12 @@
 """timm's names of a ViT, which DINO and DINOv2 share: UNI, kaiko's models, BiomedCLIP's trunk and more.
 
 In: ``cls_token``, ``pos_embed``, ``patch_embed.proj``, ``blocks.N.*``, ``norm`` (``reg_token`` or ``register_tokens``).
-Out: the names of :class:`chiasm.encoders.vit.VisionTransformer`. Positions are resized to the declared input as timm
-(bicubic with antialiasing) or DINOv2 (bicubic without) does it, see :func:`resize_positions`.
+Out: the names of :class:`chiasm.encoders.vit.VisionTransformer`. Positions are resized to the declared input as timm or
+as DINO's own code does it, see :func:`resize_positions`: two layouts, because keys do not tell.
 
 References:
-    timm ``vision_transformer.py`` (``resample_abs_pos_embed``, ``_convert_dinov2``); facebookresearch/dinov2
-    ``interpolate_pos_encoding``.
+    timm ``vision_transformer.py`` (``resample_abs_pos_embed``, ``_convert_dinov2``); facebookresearch/dino and
+    facebookresearch/dinov2 ``interpolate_pos_encoding`` and, for the models with registers, ``hub/backbones.py``.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ RULES = (
     (BLOCK + r"attn\.proj\.", r"transformer.resblocks.\1.attn.out_proj."),
     (BLOCK + r"mlp\.fc1\.", r"transformer.resblocks.\1.mlp.c_fc."),
     (BLOCK + r"mlp\.fc2\.", r"transformer.resblocks.\1.mlp.c_proj."),
+    (BLOCK + r"mlp\.w12\.", r"transformer.resblocks.\1.mlp.c_fc."),  # DINOv2's packed SwiGLU
+    (BLOCK + r"mlp\.w3\.", r"transformer.resblocks.\1.mlp.c_proj."),
     (BLOCK + r"ls([12])\.gamma$", r"transformer.resblocks.\1.ls_\2.gamma"),
     (r"norm\.", "ln_post."),
 )
@@ -43,6 +45,8 @@ DROPPED: Mapping[str, str] = {
     "ibot_head.": "DINOv2's projection head",
 }
 PREFIXES = ("module.", "backbone.", "trunk.")
+#: What DINO and DINOv2 (without registers) add to the number of patches before they divide by the old one.
+DINO_OFFSET = 0.1
 
 
 def plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -62,13 +66,16 @@ def is_timm_vit(tensors: Mapping[str, Tensor]) -> bool:
     return "patch_embed.proj.weight" in names and "cls_token" in names and "pos_embed" in names
 
 
-def to_native(tensors: Mapping[str, Tensor], image: Mapping[str, Any], *, antialias: bool = True) -> dict[str, Tensor]:
+def to_native(
+    tensors: Mapping[str, Tensor], image: Mapping[str, Any], *, antialias: bool = True, offset: float = 0.0
+) -> dict[str, Tensor]:
     """Return a ViT's tensors under the names of chiasm's ViT, without ``visual.``.
 
     Args:
         tensors: In timm's names, without prefixes; what is not understood keeps its name.
         image: The tower's declaration: ``image_size``, ``patch_size``.
         antialias: How positions are resized, see :func:`resize_positions`.
+        offset: Likewise.
 
     Raises:
         CheckpointError: Positions that fit no square grid.
@@ -83,7 +90,7 @@ def to_native(tensors: Mapping[str, Tensor], image: Mapping[str, Any], *, antial
     side = math.isqrt(len(positions))
     if side**2 == len(positions):  # positions of patches alone: the class token has none
         positions = torch.cat([torch.zeros_like(positions[:1]), positions])
-    result["positional_embedding"] = resize_positions(positions, grid, antialias=antialias)
+    result["positional_embedding"] = resize_positions(positions, grid, antialias=antialias, offset=offset)
     result["class_embedding"] = class_token
     for name, tensor in tensors.items():
         if name in ("cls_token", "pos_embed") or any(name == d or name.startswith(d) for d in DROPPED):
@@ -95,13 +102,18 @@ def to_native(tensors: Mapping[str, Tensor], image: Mapping[str, Any], *, antial
     return result
 
 
-def resize_positions(positions: Tensor, grid: int, *, antialias: bool) -> Tensor:
-    """Return positional embeddings (1 + grid², width) for another grid; the class token's row is kept.
+def resize_positions(positions: Tensor, grid: int, *, antialias: bool, offset: float = 0.0) -> Tensor:
+    """Return positional embeddings (1 + grid², width) for another grid, bicubic; the class token's row is kept.
+
+    timm, open_clip and the DINOv2 models with registers: ``antialias=True``, ``offset=0``. DINO and DINOv2 without
+    registers: ``antialias=False``, ``offset=0.1``.
 
     Args:
         positions: (1 + side², width).
         grid: Patches along a side.
-        antialias: timm and open_clip: True; DINO and DINOv2: False.
+        antialias: Whether the filter widens when the grid shrinks.
+        offset: Positions are sampled as if the grid were larger by this (DINO's guard against rounding, which moves
+            every position a little: row i is taken at (i + ½) · side / (grid + offset) - ½).
 
     Raises:
         CheckpointError: The patches' rows are no square.
@@ -113,7 +125,11 @@ def resize_positions(positions: Tensor, grid: int, *, antialias: bool) -> Tensor
     if side == grid:
         return positions
     square = positions[1:].float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
-    resized = F.interpolate(square, (grid, grid), mode="bicubic", align_corners=False, antialias=antialias)
+    if offset:
+        scale = (grid + offset) / side
+        resized = F.interpolate(square, scale_factor=(scale, scale), mode="bicubic", antialias=antialias)
+    else:
+        resized = F.interpolate(square, (grid, grid), mode="bicubic", align_corners=False, antialias=antialias)
     flat = resized.permute(0, 2, 3, 1).reshape(grid**2, -1).to(positions.dtype)
     return torch.cat([positions[:1], flat])
 
@@ -123,4 +139,11 @@ def _convert(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[s
     return {f"visual.{name}": tensor for name, tensor in native.items()}
 
 
+def _convert_dino(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    native = to_native(plain_names(tensors), config["image"], antialias=False, offset=DINO_OFFSET)
+    return {f"visual.{name}": tensor for name, tensor in native.items()}
+
+
 LAYOUT = Layout("timm_vit", is_timm_vit, _convert)
+#: The same names; positions as the code of DINO and of DINOv2 without registers resizes them.
+DINO_LAYOUT = Layout("dino_vit", is_timm_vit, _convert_dino)

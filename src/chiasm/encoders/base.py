@@ -30,7 +30,7 @@ __all__ = [
     "weights_digest",
 ]
 
-Activation = Literal["quick_gelu", "gelu"]
+Activation = Literal["quick_gelu", "gelu", "swiglu"]
 MAX_LOG_LOGIT_SCALE = math.log(100.0)
 
 
@@ -83,7 +83,8 @@ class ImageTowerConfig:
         heads: Attention heads; None: ``width // 64`` (ViT), ``final channels // 64`` (ResNet's attention pool).
         patch_size: Side of a ViT's patch, in pixels.
         mlp_ratio: Hidden width of the ViT's MLP over its width.
-        activation: Of the ViT's MLP. OpenAI's weights and all fine-tunes of them need ``quick_gelu``.
+        activation: Of the ViT's MLP. OpenAI's weights and all fine-tunes of them need ``quick_gelu``. ``swiglu`` is a
+            SiLU gate (Shazeer 2020): the first half of the hidden width, through SiLU, times the second half.
         pool: ``cls`` takes the class token, ``mean`` averages the patch tokens, ``attention`` pools with a learned
             query, ``none`` takes what a foreign tower itself returns. ``auto`` is resolved at construction: ``cls``
             for ``vit``, ``attention`` for ``resnet``, ``none`` otherwise.
@@ -178,6 +179,11 @@ class ImageTowerConfig:
         )
         _check(self.pool != "none", "image.pool", "is `none`, which only foreign towers know")
         _check(self.mlp_ratio > 0, "image.mlp_ratio", f"must be positive, got {self.mlp_ratio}")
+        _check(
+            self.activation != "swiglu" or int(self.width * self.mlp_ratio) % 2 == 0,
+            "image.mlp_ratio",
+            f"must give an even hidden width for `swiglu`, got {int(self.width * self.mlp_ratio)}",
+        )
         _check(self.ln_eps > 0, "image.ln_eps", f"must be positive, got {self.ln_eps}")
 
     def _check_resnet(self) -> None:

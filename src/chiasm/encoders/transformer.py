@@ -8,6 +8,7 @@ attn.in_proj_bias, attn.out_proj, ln_2, mlp.c_fc, mlp.c_proj}``, and open_clip's
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -37,6 +38,18 @@ class QuickGELU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply elementwise."""
         return F.silu(x * 1.702) * (1 / 1.702)
+
+
+class SwiGLU(nn.Module):
+    """SiLU(first half) · second half (Shazeer 2020; timm's ``SwiGLUPacked``): gives half of the channels back."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Halve the last axis."""
+        gate, value = x.chunk(2, dim=-1)
+        return F.silu(gate) * value
+
+
+ACTIVATIONS: Mapping[Activation, type[nn.Module]] = {"quick_gelu": QuickGELU, "gelu": nn.GELU, "swiglu": SwiGLU}
 
 
 class Attention(nn.Module):
@@ -92,8 +105,8 @@ class MLP(nn.Module):
     def __init__(self, width: int, hidden: int, activation: Activation) -> None:
         super().__init__()
         self.c_fc = nn.Linear(width, hidden)
-        self.gelu = QuickGELU() if activation == "quick_gelu" else nn.GELU()
-        self.c_proj = nn.Linear(hidden, width)
+        self.gelu = ACTIVATIONS[activation]()
+        self.c_proj = nn.Linear(hidden // 2 if activation == "swiglu" else hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to every token."""
