@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from chiasm.checkpoints import huggingface, open_clip
 from chiasm.checkpoints.containers import read_state_dict
 from chiasm.checkpoints.pickle_reader import Inert, read_pickle
 from chiasm.errors import CheckpointError
@@ -158,7 +159,8 @@ def test_zip_bombs_and_path_tricks(tmp_path: Path) -> None:
         read_state_dict(bomb)
     outside = tmp_path / "victim"
     archive(tmp_path / "path.pt", good, FOUR | {"../../victim": b"x", "/etc/cron.d/x": b"x"})
-    read_state_dict(tmp_path / "path.pt")  # nothing is ever extracted
+    with pytest.raises(CheckpointError, match="leaves the archive"):
+        read_state_dict(tmp_path / "path.pt")
     assert not outside.exists()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -260,43 +262,59 @@ def test_hostile_safetensors(tmp_path: Path) -> None:
             read_state_dict(write(header, data))
 
 
-def valid_files(folder: Path) -> list[bytes]:
+#: Number of damaged copies of each container: 2,500 in all.
+CASES = {"zip": 500, "legacy": 500, "safetensors": 400, "script": 400, "lightning": 300, "zipped": 400}
+
+
+def valid_files(folder: Path) -> dict[str, bytes]:
     torch.manual_seed(0)
     state = {"visual.w": torch.randn(4, 4), "half": torch.randn(3).half(), "n": torch.tensor(3)}
-    files = []
     torch.save({"epoch": 1, "state_dict": state}, folder / "zip")
     torch.save(state, folder / "legacy", _use_new_zipfile_serialization=False)
     save_file(state, folder / "safetensors")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.jit.save(torch.jit.trace(nn.Linear(2, 2).eval(), torch.ones(1, 2)), folder / "script")
-    for name in ("zip", "legacy", "safetensors", "script"):
-        files.append((folder / name).read_bytes())
-    return files
+    callbacks = {"ModelCheckpoint": {"best_model_score": torch.tensor(0.5), "best_model_path": Path("a.ckpt")}}
+    lightning = {"epoch": 3, "global_step": 9, "pytorch-lightning_version": "1.1.4", "callbacks": callbacks,
+                 "hyper_parameters": Hyper(lr=5e-5), "state_dict": {f"gloria.{k}": v for k, v in state.items()}}  # fmt: skip
+    torch.save(lightning, folder / "lightning")
+    with zipfile.ZipFile(folder / "zipped", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(folder / "zip", "pytorch_model.bin")
+    return {name: (folder / name).read_bytes() for name in CASES}
 
 
-@pytest.mark.parametrize("kind", range(4))
-def test_fuzz_damaged_copies_of_valid_files(tmp_path: Path, kind: int) -> None:
-    """Truncation, bit flips, overwritten and moved pieces: 2,000 cases in all, with fixed seeds."""
+class Hyper(dict[str, float]):
+    """A class of the training program, as Lightning checkpoints carry them."""
+
+
+def damage(data: bytearray, rng: random.Random) -> bytearray:
+    """Cut the end off, flip bits, overwrite a piece or move one in."""
+    match rng.randrange(4) if data else -1:
+        case 0:
+            del data[rng.randrange(len(data)) :]
+        case 1:
+            for _ in range(rng.choice((1, 3, 20))):
+                data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        case 2:
+            start, size = rng.randrange(len(data)), rng.randrange(1, 40)
+            data[start : start + size] = rng.randbytes(size)
+        case 3:
+            start, size, to = rng.randrange(len(data)), rng.randrange(1, 60), rng.randrange(len(data))
+            data[to:to] = data[start : start + size]
+    return data
+
+
+@pytest.mark.parametrize("kind", sorted(CASES))
+def test_fuzz_damaged_copies_of_valid_files(tmp_path: Path, kind: str) -> None:
+    """Truncation, bit flips, overwritten and moved pieces, with fixed seeds."""
     original = valid_files(tmp_path)[kind]
     path = tmp_path / "fuzzed"
+    path.write_bytes(original)
+    assert read_state_dict(path).tensors
     outcomes = {"read": 0, "refused": 0}
-    for seed in range(500):
-        rng = random.Random(seed * 4 + kind)
-        data = bytearray(original)
-        match seed % 4:
-            case 0:
-                del data[rng.randrange(len(data)) :]
-            case 1:
-                for _ in range(rng.choice((1, 3, 20))):
-                    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-            case 2:
-                start, size = rng.randrange(len(data)), rng.randrange(1, 40)
-                data[start : start + size] = rng.randbytes(size)
-            case 3:
-                start, size, to = rng.randrange(len(data)), rng.randrange(1, 60), rng.randrange(len(data))
-                data[to:to] = data[start : start + size]
-        path.write_bytes(data)
+    for seed in range(CASES[kind]):
+        path.write_bytes(damage(bytearray(original), random.Random(f"{kind} {seed}")))
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # zipfile warns of duplicate names, say
@@ -305,13 +323,70 @@ def test_fuzz_damaged_copies_of_valid_files(tmp_path: Path, kind: int) -> None:
             outcomes["read"] += 1
         except CheckpointError:
             outcomes["refused"] += 1
-    assert outcomes["refused"] > 100, outcomes
+    assert outcomes["refused"] > CASES[kind] / 5, outcomes
+
+
+def valid_folders(folder: Path) -> dict[str, Callable[[Path], object]]:
+    """Write one folder of each kind, with a CLIP of the smallest width; return who reads which."""
+    torch.manual_seed(0)
+    names = ("text_projection", "visual.proj", "visual.conv1.weight", "positional_embedding", "token_embedding.weight")
+    state = {n: torch.randn(s).half() for n, s in zip(names, [(4, 4), (4, 4), (4, 3, 2, 2), (8, 4), (49408, 4)],
+                                                        strict=True)}  # fmt: skip
+    state["visual.positional_embedding"] = torch.randn(5, 4).half()
+    for prefix in ("", "visual."):
+        state[f"{prefix}transformer.resblocks.0.mlp.c_fc.weight"] = torch.randn(16, 4).half()
+    theirs = huggingface.to_huggingface(state)
+    half = len(theirs) // 2
+    parts = [dict(list(theirs.items())[:half]), dict(list(theirs.items())[half:])]
+    tower = {"num_attention_heads": 1, "hidden_act": "quick_gelu"}
+    for kind, ending in (("sharded safetensors", "model.safetensors"), ("sharded bin", "pytorch_model.bin")):
+        (folder / kind).mkdir()
+        shards = [f"{ending.split('.')[0]}-0000{i}-of-00002.{ending.split('.')[1]}" for i in (1, 2)]
+        for part, name in zip(parts, shards, strict=True):
+            (save_file if "safe" in kind else torch.save)(part, folder / kind / name)
+        listed = {k: name for part, name in zip(parts, shards, strict=True) for k in part}
+        config = {"model_type": "clip", "vision_config": tower, "text_config": tower}
+        for name, value in (("config.json", config), (f"{ending}.index.json", {"weight_map": listed})):
+            (folder / kind / name).write_text(json.dumps(value))
+    (folder / "open_clip").mkdir()
+    save_file(state, folder / "open_clip" / "open_clip_model.safetensors")
+    model = {"embed_dim": 4, "quick_gelu": True, "vision_cfg": {"image_size": 4, "head_width": 4, "patch_size": 2},
+             "text_cfg": {"heads": 1}}  # fmt: skip
+    stated = {"model_cfg": model, "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}}
+    (folder / "open_clip" / "open_clip_config.json").write_text(json.dumps(stated))
+    hf = huggingface.read_model_dir
+    return {"sharded safetensors": hf, "sharded bin": hf, "open_clip": open_clip.read_model_dir}
+
+
+@pytest.mark.parametrize("kind", ["sharded safetensors", "sharded bin", "open_clip"])
+def test_fuzz_damaged_copies_of_valid_folders(tmp_path: Path, kind: str) -> None:
+    """One file of a folder is damaged, mostly in its first or last kilobytes, where the structure lies."""
+    read = valid_folders(tmp_path)[kind]
+    folder = tmp_path / kind
+    files = sorted(p for p in folder.iterdir() if p.is_file())
+    originals = {p: p.read_bytes() for p in files}
+    assert read(folder)
+    refused = 0
+    for seed in range(200):
+        rng = random.Random(f"{kind} {seed}")
+        path = files[seed % len(files)]
+        data = originals[path]
+        head, tail = bytearray(data[:3000]), bytearray(data[max(3000, len(data) - 2000) :])
+        middle = data[3000 : len(data) - len(tail)]
+        head, tail = (damage(head, rng), tail) if rng.random() < 0.6 or not tail else (head, damage(tail, rng))
+        path.write_bytes(bytes(head) + middle + bytes(tail))
+        try:
+            read(folder)
+        except CheckpointError:
+            refused += 1
+        path.write_bytes(data)
+    assert refused > 50
 
 
 def test_fuzz_random_bytes(tmp_path: Path) -> None:
     path = tmp_path / "random"
     starts = (b"", b"PK\x03\x04", b"\x80\x02", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", b"\x10" + bytes(7) + b"{")
-    for seed in range(400):
+    for seed in range(500):
         rng = random.Random(seed)
         path.write_bytes(starts[seed % len(starts)] + rng.randbytes(rng.randrange(300)))
         with pytest.raises(CheckpointError):

@@ -2,8 +2,8 @@
 
 In: a path. Out: a :class:`StateFile`, a flat mapping of names to memory-mapped tensors. Known containers: safetensors,
 the zip archive of ``torch.save``, its older stream of pickles, and TorchScript archives as OpenAI publishes CLIP
-(their code is never run; names and tensors are read from the archive's data). Training checkpoints of open_clip and
-Lightning are unwrapped. Everything else raises ``CheckpointError`` and says what it looks like.
+(their code is never run; names and tensors are read from the archive's data); and a plain zip archive around one of
+these, as MedCLIP's. Training checkpoints of open_clip and Lightning are unwrapped. Everything else raises ``CheckpointError`` and says what it looks like.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from chiasm.checkpoints.pickle_reader import Inert, TensorRef
-from chiasm.checkpoints.storages import DAMAGED, TensorCutter, read_legacy, read_zip
+from chiasm.checkpoints.storages import DAMAGED, Archive, NotPytorch, TensorCutter, read_legacy, read_zip
+from chiasm.checkpoints.zipped import unpacked, weight_member
 from chiasm.errors import CheckpointError
 
-Container = Literal["safetensors", "torch", "torch_legacy", "torchscript"]
+Container = Literal["safetensors", "torch", "torch_legacy", "torchscript", "zipped"]
 
 #: Keys under which training checkpoints keep the weights, in order of preference.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "teacher")
@@ -78,9 +79,7 @@ def sniff(path: str | Path) -> Container:
     if not size:
         raise CheckpointError(f"weight file `{path.name}` is empty", hint=DAMAGED)
     if head.startswith(b"PK\x03\x04"):
-        from chiasm.checkpoints.storages import Archive
-
-        return "torchscript" if Archive(path).is_torchscript else "torch"
+        return _sniff_zip(path)
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         return "torch_legacy"
     if len(head) > 8 and head[8:9] == b"{":
@@ -102,6 +101,15 @@ def sniff(path: str | Path) -> Container:
     )
 
 
+def _sniff_zip(path: Path) -> Container:
+    try:
+        return "torchscript" if Archive(path).is_torchscript else "torch"
+    except NotPytorch:
+        if weight_member(path) is None:
+            raise
+        return "zipped"
+
+
 def read_state_dict(path: str | Path) -> StateFile:
     """Read the tensors of a weight file.
 
@@ -112,6 +120,14 @@ def read_state_dict(path: str | Path) -> StateFile:
     """
     path = Path(path)
     container = sniff(path)
+    if container == "zipped":
+        member = weight_member(path)
+        assert member is not None
+        with unpacked(path, member) as inner:
+            if sniff(inner) == "zipped":
+                raise CheckpointError(f"`{path.name}` holds an archive in an archive; expected a weight file in it")
+            inside = read_state_dict(inner)
+        return replace(inside, metadata={**inside.metadata, "packed": member.filename[:200]})
     if container == "safetensors":
         tensors, metadata = _read_safetensors(path)
     elif container == "torch_legacy":

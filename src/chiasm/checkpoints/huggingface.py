@@ -170,7 +170,7 @@ def read_weights(
         if not index.is_file():
             continue
         shards = read_json(index).get("weight_map")
-        if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
+        if not isinstance(shards, dict) or not shards or not all(isinstance(s, str) for s in shards.values()):
             raise CheckpointError(f"`{index.name}` lists no shards")
         tensors: dict[str, Any] = {}
         for shard in sorted(set(shards.values())):

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 import mmap
+import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ DTYPES: Mapping[str, torch.dtype] = {
 #: Tied weights may appear under several names; more than this is a trick to make a small file large in memory.
 MAX_EXPANSION = 8
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-_ZIP_ERRORS = (
+#: What ``zipfile`` raises of damaged archives.
+ZIP_ERRORS = (
     zipfile.BadZipFile,
     zlib.error,
     struct.error,
@@ -64,6 +66,10 @@ class Extent:
     crc: int | None = None
 
 
+class NotPytorch(CheckpointError):
+    """A sound zip archive that is not PyTorch's."""
+
+
 class Archive:
     """A PyTorch zip archive: records by name, without extracting anything.
 
@@ -76,14 +82,15 @@ class Archive:
         try:
             with zipfile.ZipFile(path) as archive:
                 infos = archive.infolist()
-        except _ZIP_ERRORS as error:
+        except ZIP_ERRORS as error:
             raise CheckpointError(f"`{path.name}` is a damaged zip archive", hint=DAMAGED) from error
+        check_names(path, infos)
         self.infos = {info.filename: info for info in infos}
         if len(self.infos) != len(infos):
             raise CheckpointError(f"`{path.name}` holds two records of one name")
         roots = [n.removesuffix("data.pkl") for n in self.infos if n == "data.pkl" or n.endswith("/data.pkl")]
         if len(roots) != 1:
-            raise CheckpointError(
+            raise NotPytorch(
                 f"`{path.name}` is a zip archive, but not one that PyTorch wrote",
                 hint="unpack it and give the weight file inside",
             )
@@ -125,6 +132,20 @@ class Archive:
         if zlib.crc32(data) != extent.crc:
             raise CheckpointError(f"`{self.path.name}`: the record `{name}` is damaged (checksum)", hint=DAMAGED)
         return data
+
+
+def check_names(path: Path, infos: Sequence[zipfile.ZipInfo]) -> None:
+    """Refuse records that only an attack has: names that leave the archive, and links. Nothing is extracted anyway.
+
+    Raises:
+        CheckpointError: There is one.
+    """
+    for info in infos:
+        parts = info.filename.replace("\\", "/").split("/")
+        if parts[0] == "" or ".." in parts or parts[0].endswith(":"):
+            raise CheckpointError(f"`{path.name}` holds a record whose name leaves the archive")
+        if stat.S_ISLNK(info.external_attr >> 16):
+            raise CheckpointError(f"`{path.name}` holds a link in place of a record")
 
 
 class TensorCutter:
