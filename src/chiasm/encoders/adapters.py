@@ -50,6 +50,7 @@ def make_projection(
     *,
     input_dropout: float = 0.0,
     standardize: bool = False,
+    bias: bool = False,
 ) -> nn.Module:
     """Return the bridge from a tower's output into the joint space.
 
@@ -62,6 +63,7 @@ def make_projection(
         dropout: Before the last layer of ``mlp``.
         input_dropout: Before the first layer of ``mlp``.
         standardize: Put :class:`Standardize` in front.
+        bias: Whether ``linear`` has a bias after all (SigLIP's).
 
     Raises:
         ConfigError: ``none`` between different widths.
@@ -74,7 +76,7 @@ def make_projection(
     if standardize:
         steps["standardize"] = Standardize(in_dim)
     if kind == "linear":
-        linear = nn.Linear(in_dim, out_dim, bias=False)
+        linear = nn.Linear(in_dim, out_dim, bias=bias)
         if not standardize:
             return linear
         steps["0"] = linear

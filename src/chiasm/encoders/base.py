@@ -30,7 +30,7 @@ __all__ = [
     "weights_digest",
 ]
 
-Activation = Literal["quick_gelu", "gelu", "swiglu"]
+Activation = Literal["quick_gelu", "gelu", "gelu_tanh", "swiglu"]
 MAX_LOG_LOGIT_SCALE = math.log(100.0)
 
 
@@ -86,8 +86,9 @@ class ImageTowerConfig:
         activation: Of the ViT's MLP. OpenAI's weights and all fine-tunes of them need ``quick_gelu``. ``swiglu`` is a
             SiLU gate (Shazeer 2020): the first half of the hidden width, through SiLU, times the second half.
         pool: ``cls`` takes the class token, ``mean`` averages the patch tokens, ``attention`` pools with a learned
-            query, ``none`` takes what a foreign tower itself returns. ``auto`` is resolved at construction: ``cls``
-            for ``vit``, ``attention`` for ``resnet``, ``none`` otherwise.
+            query, ``map`` pools with SigLIP's learned query and MLP, ``none`` takes what a foreign tower itself
+            returns. ``auto`` is resolved at construction: ``cls`` for ``vit``, ``attention`` for ``resnet``, ``none``
+            otherwise.
         pre_norm: Whether the ViT has CLIP's LayerNorm before the first block (``ln_pre``).
         ln_eps: Epsilon of every LayerNorm of the ViT.
         patch_bias: Whether the ViT's patch embedding has a bias (timm's and transformers' do, CLIP's does not).
@@ -95,6 +96,7 @@ class ImageTowerConfig:
             LayerScale; ``ls_1`` and ``ls_2``).
         registers: Learned tokens of the ViT between the class token and the patches, without positions (Darcet et al.
             2024).
+        class_token: Whether a ViT has a class token; None: it has one (SigLIP's has none).
         position_std: Standard deviation of the positions of a ResNet's attention pool at the start of training; None:
             OpenAI's 1/sqrt(channels). With 1.0 the heads look at different places from the first step, which a small
             model on little data needs to learn left from right (measured: docs/lab-notes.md, 2026-11-21).
@@ -114,12 +116,13 @@ class ImageTowerConfig:
     patch_size: int = 32
     mlp_ratio: float = 4.0
     activation: Activation = "quick_gelu"
-    pool: Literal["auto", "cls", "mean", "attention", "none"] = "auto"
+    pool: Literal["auto", "cls", "mean", "attention", "map", "none"] = "auto"
     pre_norm: bool = True
     ln_eps: float = 1e-5
     patch_bias: bool = False
     layer_scale: bool = False
     registers: int = 0
+    class_token: bool | None = None
     position_std: float | None = None
     source: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -166,10 +169,22 @@ class ImageTowerConfig:
 
     def _check_vit(self) -> None:
         _check(isinstance(self.layers, int) and self.layers >= 1, "image.layers", "must be a number ≥ 1 for a `vit`")
+        if self.has_class_token:  # others may leave pixels over at the right and the bottom, as SigLIP's 384 / 14 does
+            _check(
+                self.image_size % self.patch_size == 0,
+                "image.image_size",
+                f"must be a multiple of the patch size {self.patch_size}, got {self.image_size}",
+            )
         _check(
-            self.image_size % self.patch_size == 0,
+            self.image_size >= self.patch_size,
             "image.image_size",
-            f"must be a multiple of the patch size {self.patch_size}, got {self.image_size}",
+            f"must be at least the patch size {self.patch_size}, got {self.image_size}",
+        )
+        _check(
+            self.has_class_token or self.pool in ("mean", "map"),
+            "image.pool",
+            f"is `{self.pool}`, which needs the class token that `image.class_token` takes away",
+            hint='use `pool = "map"` or `"mean"`',
         )
         _check(
             self.pool_heads >= 1 and self.width % self.pool_heads == 0,
@@ -214,6 +229,11 @@ class ImageTowerConfig:
         return self.kind in ("vit", "resnet")
 
     @property
+    def has_class_token(self) -> bool:
+        """Whether a ViT has a class token."""
+        return self.class_token is not False
+
+    @property
     def final_channels(self) -> int:
         """Channels before pooling of a native tower."""
         return self.width if self.kind == "vit" else self.width * 4 * 2 ** (self._stages - 1)
@@ -249,9 +269,14 @@ class TextTowerConfig:
         mlp_ratio: Hidden width of the MLP over the width (native only).
         activation: Of the MLP (native only).
         pool: ``eot`` takes the end-of-text token, ``mean`` averages the text's own tokens (padding excluded), ``last``
-            takes the last position of the full context (SigLIP), ``cls`` takes the first token. ``auto`` is resolved
-            at construction: ``eot`` for ``clip``, ``mean`` otherwise.
+            takes the last position of the full context (SigLIP), ``cls`` takes the first token, ``appended`` takes a
+            learned token behind the full context (CoCa; native only). ``auto`` is resolved at construction: ``eot``
+            for ``clip``, ``mean`` otherwise.
         causal: Whether a token sees only what precedes it (native only). Without it padding is seen, as in SigLIP.
+        cls_mask: What the token of ``appended`` sees. ``published``, the default, is open_clip's mask, with which all
+            its CoCa models were trained: moved by one position, so that the first padding is seen and the token itself
+            is not, unless the text fills the context. ``correct`` is what was meant: the text and the token itself.
+        ln_eps: Of all LayerNorms (native only); None: 1e-5, CLIP's.
         source: Foreign towers only: name in ``encoders.named``, model directory or hub name, or
             ``package.module:factory``.
         options: Foreign towers only: passed to the builder (checked there).
@@ -267,8 +292,10 @@ class TextTowerConfig:
     heads: int | None = None
     mlp_ratio: float = 4.0
     activation: Activation = "quick_gelu"
-    pool: Literal["auto", "eot", "cls", "mean", "last"] = "auto"
+    pool: Literal["auto", "eot", "cls", "mean", "last", "appended"] = "auto"
     causal: bool = True
+    cls_mask: Literal["published", "correct"] | None = None
+    ln_eps: float | None = None
     source: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     freeze: bool = False
@@ -279,9 +306,13 @@ class TextTowerConfig:
             object.__setattr__(self, "pool", "eot" if self.kind == "clip" else "mean")
         for name in ("context_length", "vocab_size", "width", "layers"):
             _check(getattr(self, name) >= 1, f"text.{name}", f"must be at least 1, got {getattr(self, name)}")
+        _check(self.cls_mask is None or self.pool == "appended", "text.cls_mask", 'belongs to `text.pool = "appended"`')
         if self.kind != "clip":
             _check(bool(self.source), "text.source", f"is missing for a `{self.kind}` tower")
+            _check(self.pool != "appended", "text.pool", "is `appended`, which only native towers know")
             return
+        _check(self.activation != "swiglu", "text.activation", "is `swiglu`, which only image towers know")
+        _check(self.ln_eps is None or self.ln_eps > 0, "text.ln_eps", f"must be positive, got {self.ln_eps}")
         _check(self.source is None, "text.source", "has no meaning for the native kind `clip`")
         _check(not self.options, "text.options", "has no meaning for the native kind `clip`")
         _check(self.mlp_ratio > 0, "text.mlp_ratio", f"must be positive, got {self.mlp_ratio}")
@@ -290,6 +321,9 @@ class TextTowerConfig:
             "text.heads",
             f"must divide the width {self.width}, got {self.heads}",
             hint="state `heads` when the width is no multiple of 64",
+        )
+        _check(
+            self.causal or self.pool != "appended", "text.causal", "is false, but `appended` is made for a causal mask"
         )
         _check(
             not (self.causal and self.pool == "cls"),
@@ -320,6 +354,7 @@ class ProjectionConfig:
         hidden: Width of the hidden layer of ``mlp``; None: the mean of its input and output widths.
         dropout: Inside ``mlp``, before its last layer.
         input_dropout: Before the first layer of ``mlp``.
+        biased: Sides whose ``linear`` has a bias (the text side of SigLIP); None: neither.
         standardize: Towers whose output is first brought to mean 0 and deviation 1, number by number, with statistics
             gathered in training; for locked towers, whose statistics stand still.
     """
@@ -330,6 +365,7 @@ class ProjectionConfig:
     hidden: int | None = None
     dropout: float = 0.0
     input_dropout: float = 0.0
+    biased: tuple[Literal["image", "text"], ...] | None = None
     standardize: tuple[Literal["image", "text"], ...] = ()
 
     def __post_init__(self) -> None:
@@ -337,10 +373,20 @@ class ProjectionConfig:
         _check(self.hidden is None or self.hidden >= 1, "projection.hidden", f"must be at least 1, got {self.hidden}")
         for name in ("dropout", "input_dropout"):
             _check(0 <= getattr(self, name) < 1, f"projection.{name}", f"must be in [0, 1), got {getattr(self, name)}")
+        for side in self.biased or ():
+            _check(
+                getattr(self, side) == "linear",
+                "projection.biased",
+                f"names `{side}`, whose projection is `{getattr(self, side)}`",
+            )
         for side in self.standardize:
             _check(
                 getattr(self, side) != "none", "projection.standardize", f"names `{side}`, whose projection is `none`"
             )
+
+    def is_fused(self, side: Literal["image", "text"]) -> bool:
+        """Whether a native tower holds its projection itself: one matrix (``proj``, ``text_projection``), or none."""
+        return getattr(self, side) != "mlp" and side not in self.standardize and side not in (self.biased or ())
 
 
 @dataclass(frozen=True)

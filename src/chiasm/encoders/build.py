@@ -87,7 +87,7 @@ def _image_tower(
     device: str,
     allow_code: bool,
 ) -> nn.Module:
-    fused = config.is_native and projection.image != "mlp" and "image" not in projection.standardize
+    fused = config.is_native and projection.is_fused("image")
     inner_dim = projection.dim if fused and projection.image == "linear" else None
     trunk: nn.Module
     if config.kind in ("vit", "resnet"):
@@ -119,7 +119,7 @@ def _text_tower(
     device: str,
     allow_code: bool,
 ) -> nn.Module:
-    fused = config.is_native and projection.text != "mlp" and "text" not in projection.standardize
+    fused = config.is_native and projection.is_fused("text")
     inner_dim = projection.dim if fused and projection.text == "linear" else None
     trunk: nn.Module
     if config.kind == "clip":
@@ -205,6 +205,7 @@ def _projection(
             config.dropout,
             input_dropout=config.input_dropout,
             standardize=side in config.standardize,
+            bias=side in (config.biased or ()),
         )
     return head
 

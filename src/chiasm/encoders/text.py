@@ -11,7 +11,7 @@ a function of any module that holds the parts.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Generator, Tensor, nn
@@ -20,7 +20,7 @@ from chiasm.encoders.base import TextTowerConfig
 from chiasm.encoders.transformer import LayerNorm, Transformer, init_standard
 from chiasm.errors import InputError
 
-TEXT_PARTS = ("token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection")
+TEXT_PARTS = ("token_embedding", "positional_embedding", "cls_emb", "transformer", "ln_final", "text_projection")
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,14 @@ class TextPlan:
         eot_id: The end-of-text token where lengths are not given: the largest id, as in CLIP's vocabulary.
         pool: Which position, or mean of positions, is the text.
         causal: Whether a token sees only what precedes it.
+        cls_mask: What the appended token sees, see :class:`TextTowerConfig`.
     """
 
     context_length: int
     eot_id: int
-    pool: Literal["eot", "cls", "mean", "last"]
+    pool: Literal["eot", "cls", "mean", "last", "appended"]
     causal: bool
+    cls_mask: Literal["published", "correct"] = "published"
 
     @property
     def can_trim(self) -> bool:
@@ -50,6 +52,7 @@ class TextParts(Protocol):
 
     token_embedding: nn.Embedding
     positional_embedding: nn.Parameter
+    cls_emb: Any
     transformer: Transformer
     ln_final: LayerNorm
     text_projection: nn.Parameter | None
@@ -74,10 +77,26 @@ def text_features(parts: TextParts, ids: Tensor, lengths: Tensor | None = None) 
         lengths = check_lengths(ids, lengths) if lengths is not None else lengths_from_eot(ids, plan.eot_id)
     if plan.can_trim and lengths is not None and len(ids):
         ids = ids[:, : int(lengths.max())]
-    x = parts.token_embedding(ids) + parts.positional_embedding[: ids.shape[1]]
-    x = parts.transformer(x, causal=plan.causal)
+    x, mask = parts.token_embedding(ids), None
+    if plan.pool == "appended":
+        x = torch.cat([x, parts.cls_emb.to(x.dtype).expand(len(x), 1, -1)], dim=1)
+        mask = appended_mask(ids, plan.cls_mask)
+    x = x + parts.positional_embedding[: x.shape[1]]
+    x = parts.transformer(x, causal=plan.causal, mask=mask)
     pooled = _pool(parts, x, lengths)
     return pooled if parts.text_projection is None else pooled @ parts.text_projection
+
+
+def appended_mask(ids: Tensor, kind: Literal["published", "correct"]) -> Tensor:
+    """Return what each position of a text with CoCa's appended token sees: (batch, 1, tokens + 1, tokens + 1) booleans.
+
+    Padding is the id 0, as in open_clip (``TextTransformer._build_additive_mask``). ``published`` is its mask, which
+    says of each position what holds for the one before it; all its CoCa weights were trained with it.
+    """
+    own = torch.ones_like(ids[:, :1], dtype=torch.bool)
+    seen = torch.cat([own, ids != 0] if kind == "published" else [ids != 0, own], dim=1)
+    causal = torch.ones(seen.shape[1], seen.shape[1], dtype=torch.bool, device=ids.device).tril()
+    return (causal & seen[:, None, :])[:, None]
 
 
 def lengths_from_eot(ids: Tensor, eot_id: int) -> Tensor:
@@ -119,7 +138,7 @@ def _check_ids(ids: Tensor, plan: TextPlan) -> None:
 
 def _pool(parts: TextParts, x: Tensor, lengths: Tensor | None) -> Tensor:
     pool = parts.text_plan.pool
-    if pool in ("cls", "last"):
+    if pool in ("cls", "last", "appended"):
         return _norm(parts, x[:, 0] if pool == "cls" else x[:, -1])
     assert lengths is not None
     if pool == "eot":
@@ -148,17 +167,27 @@ class TextTransformer(nn.Module):
     def __init__(self, config: TextTowerConfig, output_dim: int | None) -> None:
         super().__init__()
         width = config.width
-        self.text_plan = TextPlan(config.context_length, config.vocab_size - 1, config.pool, config.causal)  # type: ignore[arg-type]
+        self.text_plan = TextPlan(
+            config.context_length,
+            config.vocab_size - 1,
+            config.pool,  # type: ignore[arg-type]
+            config.causal,
+            config.cls_mask or "published",
+        )
+        eps = 1e-5 if config.ln_eps is None else config.ln_eps
+        appended = config.pool == "appended"
         self.token_embedding = nn.Embedding(config.vocab_size, width)
-        self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
+        self.positional_embedding = nn.Parameter(torch.empty(config.context_length + appended, width))
+        self.cls_emb = nn.Parameter(torch.empty(width)) if appended else None
         self.transformer = Transformer(
             width,
             config.layers,
             config.attention_heads,
             mlp_ratio=config.mlp_ratio,
             activation=config.activation,
+            ln_eps=eps,
         )
-        self.ln_final = LayerNorm(width)
+        self.ln_final = LayerNorm(width, eps=eps)
         self.text_projection = None if output_dim is None else nn.Parameter(torch.empty(width, output_dim))
         self.output_dim = output_dim or width
 
@@ -179,6 +208,8 @@ class TextTransformer(nn.Module):
         with torch.no_grad():
             self.token_embedding.weight.normal_(std=0.02, generator=generator)
             self.positional_embedding.normal_(std=0.01, generator=generator)
+            if self.cls_emb is not None:
+                self.cls_emb.normal_(std=0.01, generator=generator)
             init_standard(self.ln_final, generator)
             if self.text_projection is not None:
                 self.text_projection.normal_(std=self.transformer.width**-0.5, generator=generator)

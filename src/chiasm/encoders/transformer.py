@@ -8,7 +8,8 @@ attn.in_proj_bias, attn.out_proj, ln_2, mlp.c_fc, mlp.c_proj}``, and open_clip's
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Literal
 
 import torch
@@ -49,7 +50,12 @@ class SwiGLU(nn.Module):
         return F.silu(gate) * value
 
 
-ACTIVATIONS: Mapping[Activation, type[nn.Module]] = {"quick_gelu": QuickGELU, "gelu": nn.GELU, "swiglu": SwiGLU}
+ACTIVATIONS: Mapping[Activation, Callable[[], nn.Module]] = {
+    "quick_gelu": QuickGELU,
+    "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+    "swiglu": SwiGLU,
+}
 
 
 class Attention(nn.Module):
@@ -62,7 +68,9 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.empty(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, *, causal: bool = False, mode: AttentionMode = "all") -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, *, causal: bool = False, mode: AttentionMode = "all", mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Attend.
 
         Args:
@@ -71,6 +79,8 @@ class Attention(nn.Module):
             mode: ``all`` answers every token; ``first`` answers the first token alone, from all tokens; ``values`` lets
                 every token see itself alone (Zhou et al. 2022, MaskCLIP); ``weights`` is ``all`` that also returns the
                 attention weights (batch, heads, tokens, tokens), which stay in the graph.
+            mask: (batch, 1, tokens, tokens) booleans, True where a token is seen; in place of ``causal``, in mode
+                ``all`` or ``weights``.
         """
         width = x.shape[-1]
         weight, bias = self.in_proj_weight, self.in_proj_bias
@@ -84,13 +94,16 @@ class Attention(nn.Module):
         weights = None
         if mode == "weights":
             scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-            if causal:
+            if mask is not None:
+                scores = scores.masked_fill(~mask, float("-inf"))
+            elif causal:
                 hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
                 scores = scores.masked_fill(hidden, float("-inf"))
             weights = scores.softmax(-1)
             out = weights @ v
         else:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=causal and mode == "all")
+            is_causal = causal and mode == "all" and mask is None
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
         return self.out_proj(out.transpose(1, 2).flatten(2)), weights
 
     def _split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
@@ -148,9 +161,11 @@ class Block(nn.Module):
         self.ls_1 = LayerScale(width) if layer_scale else nn.Identity()
         self.ls_2 = LayerScale(width) if layer_scale else nn.Identity()
 
-    def forward(self, x: Tensor, causal: bool = False, mode: AttentionMode = "all") -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, causal: bool = False, mode: AttentionMode = "all", mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the tokens (only the first in mode ``first``) and, in mode ``weights``, the attention weights."""
-        attended, weights = self.attn(self.ln_1(x), causal=causal, mode=mode)
+        attended, weights = self.attn(self.ln_1(x), causal=causal, mode=mode, mask=mask)
         x = (x[:, :1] if mode == "first" else x) + self.ls_1(attended)
         return x + self.ls_2(self.mlp(self.ln_2(x))), weights
 
@@ -182,8 +197,10 @@ class Transformer(nn.Module):
             for _ in range(layers)
         )
 
-    def forward(self, x: Tensor, *, causal: bool = False, last: AttentionMode = "all") -> Tensor:
-        """Run all blocks, the last one in mode ``last``.
+    def forward(
+        self, x: Tensor, *, causal: bool = False, last: AttentionMode = "all", mask: Tensor | None = None
+    ) -> Tensor:
+        """Run all blocks, the last one in mode ``last``; ``mask`` as in :class:`Attention`.
 
         ``last="first"`` returns (batch, 1, width): in the last block only the first token's query, output projection
         and MLP are computed. That is exact for whoever reads only the first token, and saves 10/12 of the block.
@@ -191,9 +208,9 @@ class Transformer(nn.Module):
         for i, block in enumerate(self.resblocks):
             mode = last if i == self.layers - 1 else "all"
             if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, causal, mode, use_reentrant=False)[0]
+                x = checkpoint(block, x, causal, mode, mask, use_reentrant=False)[0]
             else:
-                x = block(x, causal, mode)[0]
+                x = block(x, causal, mode, mask)[0]
         return x
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

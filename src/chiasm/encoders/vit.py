@@ -4,7 +4,8 @@ In: pixels (batch, 3, size, size), normalised. Out: (batch, output_dim). The pat
 class-token pooling the last block computes the class token alone, which is exact. Keys are OpenAI's: ``conv1``,
 ``class_embedding``, ``positional_embedding``, ``ln_pre``, ``transformer``, ``ln_post``, ``proj`` (and open_clip's
 ``attn_pool``). With ``patch_bias``, ``layer_scale``, ``registers`` and without ``pre_norm`` it is the ViT of timm, DINO
-and DINOv2 too; where those give the class token no position, row 0 of ``positional_embedding`` is zero.
+and DINOv2 too; where those give the class token no position, row 0 of ``positional_embedding`` is zero. Without
+``class_token`` and with ``pool = "map"`` it is SigLIP's.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from chiasm.encoders.base import ImageTowerConfig
+from chiasm.encoders.pooling import LatentPooler
 from chiasm.encoders.transformer import LayerNorm, Transformer, init_standard, xavier_uniform
 from chiasm.errors import InputError
 
@@ -98,10 +100,11 @@ class VisionTransformer(nn.Module):
         self.image_size = config.image_size
         self.patch_size = config.patch_size
         self.grid = config.image_size // config.patch_size
-        self.first_patch = 1 + config.registers
+        classes = int(config.has_class_token)
+        self.first_patch = classes + config.registers
         self.conv1 = nn.Conv2d(3, width, config.patch_size, config.patch_size, bias=config.patch_bias)
-        self.class_embedding = nn.Parameter(torch.empty(width))
-        self.positional_embedding = nn.Parameter(torch.empty(self.grid**2 + 1, width))
+        self.class_embedding = nn.Parameter(torch.empty(width)) if classes else None
+        self.positional_embedding = nn.Parameter(torch.empty(self.grid**2 + classes, width))
         self.registers = nn.Parameter(torch.empty(config.registers, width)) if config.registers else None
         self.ln_pre = LayerNorm(width, eps=config.ln_eps) if config.pre_norm else nn.Identity()
         self.transformer = Transformer(
@@ -118,6 +121,15 @@ class VisionTransformer(nn.Module):
         if config.pool == "attention":
             pooled_dim = output_dim or width
             self.attn_pool = AttentionalPooler(pooled_dim, width, heads=_pooler_heads(pooled_dim), ln_eps=config.ln_eps)
+        self.map_pool: LatentPooler | None = None
+        if config.pool == "map":
+            self.map_pool = LatentPooler(
+                width,
+                config.pool_heads,
+                mlp_ratio=config.mlp_ratio,
+                activation=config.activation,
+                ln_eps=config.ln_eps,
+            )
         self.ln_post = LayerNorm(pooled_dim, eps=config.ln_eps)
         self.proj = None if output_dim is None else nn.Parameter(torch.empty(pooled_dim, output_dim))
         self.output_dim = output_dim or pooled_dim
@@ -157,7 +169,10 @@ class VisionTransformer(nn.Module):
         x = x[:, self.first_patch :]
         if self.attn_pool is not None:
             x = self.attn_pool.values(x)
-        return self._project(self.ln_post(x)).reshape(len(x), self.grid, self.grid, self.output_dim)
+        x = self.ln_post(x)
+        if self.map_pool is not None:
+            x = self.map_pool.values(x)
+        return self._project(x).reshape(len(x), self.grid, self.grid, self.output_dim)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """See :meth:`Transformer.set_grad_checkpointing`."""
@@ -168,19 +183,21 @@ class VisionTransformer(nn.Module):
 
         Class and positional embeddings and ``proj`` from N(0, 1/width); everything else by PyTorch's defaults.
         """
-        std = self.class_embedding.shape[0] ** -0.5
+        std = self.positional_embedding.shape[1] ** -0.5
         with torch.no_grad():
             for module in (self.conv1, self.ln_pre, self.ln_post):
                 init_standard(module, generator)
-            self.class_embedding.normal_(std=std, generator=generator)
+            if self.class_embedding is not None:
+                self.class_embedding.normal_(std=std, generator=generator)
             self.positional_embedding.normal_(std=std, generator=generator)
             if self.registers is not None:
                 self.registers.normal_(std=std, generator=generator)
             if self.proj is not None:
                 self.proj.normal_(std=std, generator=generator)
         self.transformer.init_weights(generator, scaled=False)
-        if self.attn_pool is not None:
-            self.attn_pool.init_weights(generator)
+        for pool in (self.attn_pool, self.map_pool):
+            if pool is not None:
+                pool.init_weights(generator)
 
     def projection_parameters(self) -> list[nn.Parameter]:
         """Return what still trains when the tower is locked."""
@@ -191,17 +208,21 @@ class VisionTransformer(nn.Module):
         p = self.patch_size
         patches = pixels.unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
         x = F.linear(patches, self.conv1.weight.flatten(1), self.conv1.bias)
-        first = self.class_embedding.to(x.dtype).expand(len(x), 1, -1)
-        x = torch.cat([first, x], dim=1) + self.positional_embedding
+        if self.class_embedding is not None:
+            x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
+        x = x + self.positional_embedding
         if self.registers is not None:
             between = self.registers.to(x.dtype).expand(len(x), -1, -1)
-            x = torch.cat([x[:, :1], between, x[:, 1:]], dim=1)
+            first = self.first_patch - len(self.registers)
+            x = torch.cat([x[:, :first], between, x[:, first:]], dim=1)
         embedded: Tensor = self.ln_pre(x)
         return embedded
 
     def _pooled(self, tokens: Tensor) -> Tensor:
         if self.attn_pool is not None:
             return self._project(self.ln_post(self.attn_pool(tokens))[:, 0])
+        if self.map_pool is not None:
+            return self._project(self.map_pool(self.ln_post(tokens[:, self.first_patch :])))
         if self.pool == "cls":
             return self._project(self.ln_post(tokens[:, 0]))
         return self._project(self.ln_post(tokens[:, self.first_patch :]).mean(1))

@@ -112,6 +112,7 @@ class _NativeText(nn.Module):
         super().__init__()
         self.token_embedding = model.token_embedding
         self.positional_embedding = model.positional_embedding
+        self.cls_emb = model.cls_emb
         self.transformer = model.transformer
         self.ln_final = model.ln_final
         self.text_projection = None
