@@ -25,6 +25,8 @@ fi
 "${PIP[@]}" -c constraints.txt ftfy regex tqdm huggingface_hub safetensors packaging pyyaml instant-clip-tokenizer
 # clip-anytorch (the code of openai/CLIP) reads pkg_resources.packaging, which newer setuptools dropped.
 "${PIP[@]}" --no-deps setuptools==69.5.1 torchvision==0.28.0 timm==1.0.31 open_clip_torch==3.3.0 clip-anytorch==2.6.0
+# GLoRIA's preprocessing resizes by OpenCV.
+"${PIP[@]}" --no-deps opencv-python-headless==5.0.0.93
 
 # The import hook: on the first `import torchvision` it declares the operators that its Python files mention. A .pth
 # line is run at every start of the interpreter, so the module imports nothing but sys until then.

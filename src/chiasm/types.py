@@ -35,9 +35,10 @@ class Preprocess:
     Attributes:
         size: Side of the square model input, in pixels.
         resize: ``shortest`` scales the shorter side to ``size``; ``squash`` ignores the aspect ratio;
-            ``longest_pad`` scales the longer side to ``size`` and pads with ``fill``.
-        crop: ``center`` after ``shortest``; ``none`` otherwise.
-        interpolation: Pillow's filter.
+            ``longest_pad`` scales the longer side to ``size`` and pads with ``fill``; ``pad_square`` pads to a square of
+            at least ``size`` and scales that.
+        crop: ``center`` after ``shortest``, and wherever ``resize_size`` is larger than ``size``; ``none`` otherwise.
+        interpolation: Pillow's filter, or ``area``: OpenCV's INTER_AREA, the mean of what a pixel covers.
         rgb: When the image is converted to RGB. OpenAI CLIP and open_clip resize in the file's own mode and convert
             after it; transformers converts before it. The order changes palette, 1-bit and RGBA images.
         mean: Per channel, of pixels scaled to [0, 1].
@@ -46,26 +47,67 @@ class Preprocess:
         cut_bottom: Share of the height that is cut off below before anything else: a burned-in mark or address.
         crop_rounding: Where a centre crop of odd margin lies: ``even`` rounds half the margin to the even pixel (OpenAI
             CLIP, open_clip), ``down`` rounds it down (transformers). None: as the family of ``rgb`` does.
+        resize_size: Side that ``resize`` makes where it is not ``size``. None: ``size``.
+        side_rounding: How ``longest_pad`` rounds the sides: ``shorter_down`` truncates the shorter one (GLoRIA),
+            ``both_down`` both, so that the longer may be a pixel short (CheXzero). None: to the nearest (open_clip).
+        grey: Whether the image is converted to greyscale (Pillow's ``L``) before anything else; its three channels are
+            equal then.
+        stretch: ``min_max`` spreads the range of the file's values over 0 to 255, rounding down, before ``grey``
+            (BioViL). A constant image becomes black.
+        second_resize: ``bicubic_tensor`` resizes the normalised tensor from ``resize_size`` to ``size``, bicubic
+            without antialiasing (CheXzero). None: ``crop`` does it.
     """
 
     size: int = 224
-    resize: Literal["shortest", "squash", "longest_pad"] = "shortest"
+    resize: Literal["shortest", "squash", "longest_pad", "pad_square"] = "shortest"
     crop: Literal["center", "none"] = "center"
-    interpolation: Literal["bicubic", "bilinear", "lanczos", "nearest"] = "bicubic"
+    interpolation: Literal["bicubic", "bilinear", "lanczos", "nearest", "area"] = "bicubic"
     rgb: Literal["after_resize", "before_resize"] = "after_resize"
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     fill: int = 0
     cut_bottom: float = 0.0
     crop_rounding: Literal["even", "down"] | None = None
+    resize_size: int | None = None
+    side_rounding: Literal["shorter_down", "both_down"] | None = None
+    grey: bool | None = None
+    stretch: Literal["min_max"] | None = None
+    second_resize: Literal["bicubic_tensor"] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values; None is left out, so digests from before a field was added hold."""
         values = dataclasses.asdict(self)
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v is not None}
 
+    @property
+    def resized_side(self) -> int:
+        """Side that ``resize`` makes."""
+        return self.size if self.resize_size is None else self.resize_size
+
+    @property
+    def picture_size(self) -> int:
+        """Side of the 8-bit picture before the normalisation: ``size``, unless a second resize follows it."""
+        return self.size if self.second_resize is None else self.resized_side
+
+    def scaled_sides(self, width: int, height: int) -> tuple[int, int]:
+        """Return the width and height that ``longest_pad`` scales an image to, before it pads it."""
+        side, longest = self.resized_side, max(width, height)
+        if self.side_rounding is None:
+            ratio = longest / side
+            return max(1, round(width / ratio)), max(1, round(height / ratio))
+        factor = side / longest
+        new_width, new_height = max(1, int(width * factor)), max(1, int(height * factor))
+        if self.side_rounding == "both_down":
+            return new_width, new_height
+        return (new_width, side) if height >= width else (side, new_height)
+
+    def pad_margins(self, width: int, height: int) -> tuple[int, int, int]:
+        """Return the side of ``pad_square``'s square, and where the image lies in it: left and top."""
+        side = max(self.resized_side, width, height)
+        return side, (side - width) // 2, (side - height) // 2
+
     def crop_offset(self, margin_px: int) -> int:
-        """Return where the centre crop begins along an axis that is ``margin_px`` longer than ``size``."""
+        """Return where the centre crop begins along an axis that is ``margin_px`` longer than ``picture_size``."""
         rounding = self.crop_rounding or ("down" if self.rgb == "before_resize" else "even")
         return margin_px // 2 if rounding == "down" else round(margin_px / 2)
 

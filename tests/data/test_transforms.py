@@ -197,6 +197,13 @@ def test_a_thin_strip_does_not_eat_the_memory() -> None:
         ({"fill": 300}, "preprocess.fill"),
         ({"cut_bottom": 1.0}, "preprocess.cut_bottom"),
         ({"cut_bottom": -0.1}, "preprocess.cut_bottom"),
+        ({"resize_size": 200}, "preprocess.resize_size"),
+        ({"resize_size": 256, "resize": "squash", "crop": "none"}, "leaves 256 pixels where 224 are wanted"),
+        ({"second_resize": "bicubic_tensor"}, "needs the side to resize from"),
+        ({"second_resize": "bicubic", "resize_size": 320}, "preprocess.second_resize"),
+        ({"side_rounding": "both_down"}, "goes with resize"),
+        ({"side_rounding": "down"}, "preprocess.side_rounding"),
+        ({"stretch": "percentiles"}, "preprocess.stretch"),
     ],
 )
 def test_contradictory_declarations_are_named(values: dict[str, Any], message: str) -> None:

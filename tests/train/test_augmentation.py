@@ -33,6 +33,16 @@ def test_without_augmentation_it_equals_the_reference_bit_for_bit(channels):
     assert not torch.equal(BatchTransform(preprocess, Augment.preset("chest"))(images, rng), reference)
 
 
+def test_a_second_resize_is_done_after_the_normalisation():
+    preprocess = Preprocess(
+        size=32, resize="longest_pad", resize_size=48, second_resize="bicubic_tensor", rgb="before_resize"
+    )
+    images = pictures(3, size=48)
+    reference = torch.stack([image_transform(preprocess)(Image.fromarray(i)) for i in images])
+    assert torch.equal(BatchTransform(preprocess)(images), reference)
+    assert reference.shape == (3, 3, 32, 32)
+
+
 fields = st.fixed_dictionaries(
     {
         "crop_scale": st.tuples(st.floats(0.2, 1), st.just(1.0)), "rotate_deg": st.floats(0, 180),

@@ -140,7 +140,7 @@ class Augmentation:
         return self._transform.normalize(self.picture(image, generator))
 
     def picture(self, image: Image.Image, generator: np.random.Generator) -> Image.Image:
-        """Return one variation as an ``L`` or ``RGB`` image of the encoder's size, before the normalisation."""
+        """Return one variation as an ``L`` or ``RGB`` image of ``picture_size``, before the normalisation."""
         a = self.augment
         image = _flipped(self._placed(image, generator), a, generator)
         if a.stain and image.mode == "RGB":
@@ -163,9 +163,12 @@ class Augmentation:
 
     def _placed(self, image: Image.Image, generator: np.random.Generator) -> Image.Image:
         """Scale the image to more than the final size, turn and shift it, and cut a window of the final size."""
-        a, size = self.augment, self.preprocess.size
+        a, size = self.augment, self.preprocess.picture_size
         side = round(size / math.sqrt(generator.uniform(*a.crop_scale)))
-        view = fit_image(image, dataclasses.replace(self.preprocess, size=side))
+        larger = self.preprocess
+        if larger.resize_size is not None:
+            larger = dataclasses.replace(larger, resize_size=round(larger.resize_size * side / size))
+        view = fit_image(image, dataclasses.replace(larger, size=side))
         if a.rotate_deg or a.translate:
             angle = generator.uniform(-a.rotate_deg, a.rotate_deg)
             shift = generator.uniform(-a.translate, a.translate, 2) * side

@@ -12,6 +12,9 @@ centre-crop offset  half the margin, rounded to the even pixel  half the margin,
 ==================  ==========================================  =========================================
 
 The shorter side becomes ``size`` and the longer one ``int(size · long / short)``. Pillow's filters antialias.
+
+The order of all steps: ``cut_bottom``, ``stretch``, ``grey``, ``resize`` to ``resize_size``, ``crop`` to ``size``,
+conversion to RGB, ``mean`` and ``std``, ``second_resize``.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from chiasm.data.resize import area_resize
 from chiasm.errors import ConfigError, InputError
 from chiasm.types import Preprocess
 
@@ -59,14 +63,17 @@ class ImageTransform:
         return self.normalize(fit_image(image, self.preprocess))
 
     def normalize(self, image: Image.Image) -> torch.Tensor:
-        """Return the tensor (3, height, width) of an ``L`` or ``RGB`` image that already has its final size."""
+        """Return the tensor (3, size, size) of an ``L`` or ``RGB`` picture as :func:`fit_image` returns it.
+
+        The second resize, where one is declared, is done here; its values may overshoot those of the picture.
+        """
         import torch
 
         pixels = np.asarray(image)
         planes: NDArray[np.float32] = np.empty((3, *pixels.shape[:2]), dtype=np.float32)
         for c in range(3):
             np.take(self._table[c], pixels if pixels.ndim == 2 else pixels[..., c], out=planes[c], mode="clip")
-        return torch.from_numpy(planes)
+        return resize_again(torch.from_numpy(planes)[None], self.preprocess)[0]
 
     def __repr__(self) -> str:
         return f"ImageTransform({self.preprocess})"
@@ -77,8 +84,18 @@ def image_transform(preprocess: Preprocess) -> ImageTransform:
     return ImageTransform(preprocess)
 
 
+def resize_again(pixels: torch.Tensor, preprocess: Preprocess) -> torch.Tensor:
+    """Return normalised pixels (n, 3, picture_size, picture_size) after the second resize, where one is declared."""
+    if preprocess.second_resize is None:
+        return pixels
+    import torch
+
+    sides = (preprocess.size, preprocess.size)
+    return torch.nn.functional.interpolate(pixels, sides, mode="bicubic", align_corners=False)
+
+
 def resize_and_crop(image: Image.Image, preprocess: Preprocess) -> Image.Image:
-    """Return the RGB picture that the encoder sees, before the normalisation: size × size pixels."""
+    """Return the RGB picture that the encoder sees, before the normalisation: square, of ``picture_size``."""
     return fit_image(image, preprocess).convert("RGB")
 
 
@@ -100,18 +117,25 @@ def fit_image(image: Image.Image, preprocess: Preprocess) -> Image.Image:
     p = preprocess
     if p.cut_bottom:
         image = image.crop((0, 0, image.width, p.kept_height(image.height)))
-    if p.rgb == "before_resize":
-        image = _rgb_on_white(image)
-    resample = Image.Resampling[p.interpolation.upper()]
+    if p.stretch is not None:
+        image = _stretched(image)
+    if p.grey:
+        image = image.convert("L")
+    elif p.rgb == "before_resize" or (p.interpolation == "area" and image.mode != "L"):
+        image = _rgb_on_white(image) if p.rgb == "before_resize" else image.convert("RGB")
+    side = p.resized_side
     if p.resize == "squash":
-        image = _resize(image, p.size, p.size, resample)
+        image = _resize(image, side, side, p)
     elif p.resize == "longest_pad":
-        image = _resize_and_pad(image, p, resample)
+        image = _resize_and_pad(image, p)
+    elif p.resize == "pad_square":
+        image = _pad_and_resize(image, p)
     else:
         width, height = image.size
         short, long = min(width, height), max(width, height)
-        longer = int(p.size * long / short)
-        image = _resize(image, *((p.size, longer) if width <= height else (longer, p.size)), resample)
+        longer = int(side * long / short)
+        image = _resize(image, *((side, longer) if width <= height else (longer, side)), p)
+    if p.resize == "shortest" or image.width != p.picture_size:
         image = _center_crop(image, p)
     if image.mode == "P":
         image.info.pop("transparency", None)  # Pillow would warn that it is dropped; `image` is our own copy
@@ -123,11 +147,14 @@ def fit_image(image: Image.Image, preprocess: Preprocess) -> Image.Image:
 
 def _check(p: Preprocess) -> None:
     allowed: dict[str, tuple[str | None, ...]] = {
-        "resize": ("shortest", "squash", "longest_pad"),
+        "resize": ("shortest", "squash", "longest_pad", "pad_square"),
         "crop": ("center", "none"),
-        "interpolation": ("bicubic", "bilinear", "lanczos", "nearest"),
+        "interpolation": ("bicubic", "bilinear", "lanczos", "nearest", "area"),
         "rgb": ("after_resize", "before_resize"),
         "crop_rounding": (None, "even", "down"),
+        "side_rounding": (None, "shorter_down", "both_down"),
+        "stretch": (None, "min_max"),
+        "second_resize": (None, "bicubic_tensor"),
     }
     for name, values in allowed.items():
         if getattr(p, name) not in values:
@@ -140,6 +167,17 @@ def _check(p: Preprocess) -> None:
             '`preprocess.crop = "none"` leaves images that are not square',
             hint='use resize = "squash" or "longest_pad"',
         )
+    if p.resized_side < p.picture_size:
+        raise ConfigError(f"`preprocess.resize_size` is {p.resize_size}, less than `preprocess.size` {p.size}")
+    if p.crop == "none" and p.resized_side != p.picture_size:
+        raise ConfigError(
+            f'`preprocess.crop = "none"` leaves {p.resize_size} pixels where {p.size} are wanted',
+            hint='use crop = "center" or drop `resize_size`',
+        )
+    if p.second_resize is not None and p.resize_size is None:
+        raise ConfigError("`preprocess.second_resize` needs the side to resize from", hint="set `resize_size`")
+    if p.side_rounding is not None and p.resize != "longest_pad":
+        raise ConfigError('`preprocess.side_rounding` goes with resize = "longest_pad" only')
     if len(p.mean) != 3 or len(p.std) != 3 or not all(s > 0 for s in p.std):
         raise ConfigError("`preprocess.mean` and `preprocess.std` need three numbers each, and every std above 0")
     if not 0 <= p.fill <= 255:
@@ -156,29 +194,53 @@ def _rgb_on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, image).convert("RGB")
 
 
-def _resize(image: Image.Image, width: int, height: int, resample: Image.Resampling) -> Image.Image:
+def _stretched(image: Image.Image) -> Image.Image:
+    """Spread the file's own range of values, of all its channels together, over 0 to 255, rounding down."""
+    pixels = np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB")).astype(np.float64)
+    pixels -= pixels.min()
+    pixels /= pixels.max() or 1.0
+    pixels *= 255
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def _resize(image: Image.Image, width: int, height: int, p: Preprocess) -> Image.Image:
     if width * height > _MAX_RESIZED_PIXELS:
         raise InputError(
             f"a strip of {image.width} × {image.height} pixels would become {width} × {height}",
             hint="cut it into tiles first",
         )
-    return image.resize((width, height), resample)
+    if p.interpolation == "area":
+        return Image.fromarray(area_resize(np.asarray(image), width, height))
+    return image.resize((width, height), Image.Resampling[p.interpolation.upper()])
 
 
 def _center_crop(image: Image.Image, p: Preprocess) -> Image.Image:
-    left, top = p.crop_offset(image.width - p.size), p.crop_offset(image.height - p.size)
-    return image.crop((left, top, left + p.size, top + p.size))
+    size = p.picture_size
+    left, top = p.crop_offset(image.width - size), p.crop_offset(image.height - size)
+    return image.crop((left, top, left + size, top + size))
 
 
-def _resize_and_pad(image: Image.Image, p: Preprocess, resample: Image.Resampling) -> Image.Image:
-    """As open_clip's ``longest`` mode; the padding is a value of the image's own mode, a palette index say."""
-    ratio = max(image.width, image.height) / p.size
-    width, height = (max(1, round(side / ratio)) for side in image.size)
-    image = _resize(image, width, height, resample)
-    extra_x, extra_y = p.size - width, p.size - height
-    border = (extra_x // 2, extra_y // 2, (extra_x + 1) // 2, (extra_y + 1) // 2)
+def _resize_and_pad(image: Image.Image, p: Preprocess) -> Image.Image:
+    """As open_clip's ``longest`` mode."""
+    width, height = p.scaled_sides(*image.size)
+    image = _resize(image, width, height, p)
+    extra_x, extra_y = p.resized_side - width, p.resized_side - height
+    return _padded(image, (extra_x // 2, extra_y // 2, (extra_x + 1) // 2, (extra_y + 1) // 2), p.fill)
+
+
+def _pad_and_resize(image: Image.Image, p: Preprocess) -> Image.Image:
+    """As MedCLIP does it: a small image is not enlarged, but surrounded."""
+    square, left, top = p.pad_margins(*image.size)
+    if square**2 > _MAX_RESIZED_PIXELS:
+        raise InputError(f"a strip of {image.width} × {image.height} pixels is too long to be padded to a square")
+    image = _padded(image, (left, top, square - image.width - left, square - image.height - top), p.fill)
+    return _resize(image, p.resized_side, p.resized_side, p)
+
+
+def _padded(image: Image.Image, border: tuple[int, int, int, int], fill: int) -> Image.Image:
+    """The padding is a value of the image's own mode, a palette index say."""
     bands = len(image.getbands())
-    padded = ImageOps.expand(image, border, fill=p.fill if bands == 1 else (p.fill,) * bands)
+    padded = ImageOps.expand(image, border, fill=fill if bands == 1 else (fill,) * bands)
     if image.mode == "P":
         padded.putpalette(image.getpalette() or [])
     return padded

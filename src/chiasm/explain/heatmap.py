@@ -159,24 +159,30 @@ def model_view(preprocess: Preprocess, image_size: tuple[int, int]) -> View:
         image_size: Width and height of the original.
 
     The rounding is the peers': the longer side is truncated, the crop is centred as the encoder declares. With
-    ``longest_pad`` the view is larger than the image; what ``cut_bottom`` takes away lies outside the view or, with
-    ``longest_pad``, in its padding.
+    ``longest_pad`` and ``pad_square`` the view is larger than the image; what ``cut_bottom`` takes away lies outside the
+    view or in its padding.
     """
     width, height = image_size[0], preprocess.kept_height(image_size[1])
-    size = preprocess.size
+    size, side = preprocess.picture_size, preprocess.resized_side
+    left = top = float(preprocess.crop_offset(side - size))
     if preprocess.resize == "squash":
-        return 0.0, 0.0, float(width), float(height)
-    if preprocess.resize == "longest_pad":
-        longest = max(width, height)
-        new_width, new_height = round(width * size / longest), round(height * size / longest)
-        left, top = -((size - new_width) // 2), -((size - new_height) // 2)
+        new_width = new_height = float(side)
+    elif preprocess.resize == "longest_pad":
+        new_width, new_height = preprocess.scaled_sides(width, height)
+        left, top = left - (side - new_width) // 2, top - (side - new_height) // 2
+    elif preprocess.resize == "pad_square":
+        square, x, y = preprocess.pad_margins(width, height)
+        new_width, new_height = width * side / square, height * side / square
+        left, top = left - x * side / square, top - y * side / square
     else:
         shortest = min(width, height)
-        new_width = size if width == shortest else int(size * width / shortest)
-        new_height = size if height == shortest else int(size * height / shortest)
-        left, top = preprocess.crop_offset(new_width - size), preprocess.crop_offset(new_height - size)
-    x_scale, y_scale = width / max(1, new_width), height / max(1, new_height)
-    return left * x_scale, top * y_scale, (left + size) * x_scale, (top + size) * y_scale
+        new_width = side if width == shortest else int(side * width / shortest)
+        new_height = side if height == shortest else int(side * height / shortest)
+        left = preprocess.crop_offset(int(new_width) - size)
+        top = preprocess.crop_offset(int(new_height) - size)
+    new_width, new_height = max(1, new_width), max(1, new_height)
+    corners = left * width / new_width, top * height / new_height
+    return *corners, (left + size) * width / new_width, (top + size) * height / new_height
 
 
 def overlay(image: Image, heat: HeatMap, *, alpha: float = 0.6, style: Literal["glow", "film"] = "glow") -> Image:

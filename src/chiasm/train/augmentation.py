@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from chiasm.data.transforms import resize_again
 from chiasm.types import Preprocess
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class BatchTransform:
         values = pixels.float().div_(255)
         if self.augment is not None and rng is not None:
             values = augment_batch(values, self.augment, rng, fill=self.preprocess.fill / 255)
-        return values.expand(-1, 3, -1, -1).sub(self._mean).div_(self._std)
+        return resize_again(values.expand(-1, 3, -1, -1).sub(self._mean).div_(self._std), self.preprocess)
 
 
 def augment_batch(values: Tensor, augment: Augment, rng: np.random.Generator, *, fill: float = 0.0) -> Tensor:

@@ -57,8 +57,8 @@ def images_of(
     Raises:
         InputError: No image can be read, or one cannot and ``data.on_bad_row`` is ``fail``.
     """
-    size, wanted = preprocess.size, data.in_memory
-    fitted = table.arrays is not None and table.arrays.shape[1:3] == (size, size) and not preprocess.cut_bottom
+    size, wanted = preprocess.picture_size, data.in_memory
+    fitted = table.arrays is not None and table.arrays.shape[1:3] == (size, size) and _leaves_fitted(preprocess)
     if table.arrays is not None and fitted and wanted != "never":
         return ArrayImages(table.arrays, BatchTransform(preprocess, augment)), table
     fits = len(table) * size * size * 3 <= MEMORY_BYTES
@@ -73,6 +73,12 @@ def images_of(
     # Processes that share a batch must all hold equally many rows of it.
     strict = data.on_bad_row == "fail" or current_group().world > 1
     return file_images(table, preprocess, augment=augment, rejects=None if strict else rejects), table
+
+
+def _leaves_fitted(p: Preprocess) -> bool:
+    """Whether a picture that has the right size already is what the model sees."""
+    changes = p.cut_bottom or p.grey or p.stretch is not None
+    return not changes and p.resized_side == p.picture_size
 
 
 def file_images(

@@ -50,7 +50,7 @@ class ArrayImages:
     """
 
     def __init__(self, images: NDArray[np.uint8], transform: BatchTransform) -> None:
-        size = transform.preprocess.size
+        size = transform.preprocess.picture_size
         if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[1:3] != (size, size):
             raise InputError(
                 f"images in memory must be uint8 (n, {size}, {size}) with or without 3 channels, "
