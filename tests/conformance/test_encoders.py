@@ -5,6 +5,7 @@ The catalog's models run with random weights at reduced depth and width; everyth
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -17,22 +18,59 @@ from chiasm.encoders.catalog import CATALOG
 from chiasm.testing import TinyEncoder, check_encoder
 from chiasm.types import Preprocess
 
+#: Towers of ``encoders.named`` at reduced depth and width: (side of the image, options).
+SMALL_IMAGE_TOWERS: dict[str, tuple[int, dict[str, Any]]] = {
+    "conch": (32, {"width": 32, "layers": 2, "heads": 4, "patch_size": 8, "output_dim": 16, "pool_heads": 4}),
+}
+SMALL_TEXT_TOWERS: dict[str, dict[str, Any]] = {}
+
+
+def byte_tokenizer(config: EncoderConfig) -> dict[str, Any]:
+    """A tokenizer of single bytes, as a stored one, in the place of one that the user brings: pad 0, start 1, end 2."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    pad = config.tokenizer.get("pad_token", "[PAD]")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {piece: i for i, piece in enumerate([pad, "[CLS]", "[SEP]", *letters])}
+    engine = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    engine.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    content = json.loads(engine.to_str())
+    context = config.text.context_length
+    return {"kind": "huggingface", "context_length": context, "tokenizer": content, "pad_token": pad}
+
 
 def reduced(config: EncoderConfig) -> EncoderConfig:
     """The same model with one or two blocks, an eighth of the width and a smaller image."""
-    image = config.image
-    if image.kind == "vit":
+    image, text = config.image, config.text
+    projection = config.projection
+    if image.kind == "named":
+        size, options = SMALL_IMAGE_TOWERS[image.source or ""]
+        image = replace(image, image_size=size, options={**image.options, **options})
+        if projection.image == "none":
+            projection = replace(projection, dim=options["output_dim"])
+    elif image.kind == "vit":
         size = 2 * image.patch_size
         image = replace(image, width=image.width // 8, layers=2, heads=4, image_size=size)
     else:
         size = 64
         image = replace(image, width=8, layers=(1,) * len(image.layers), heads=4, image_size=size)  # type: ignore[arg-type]
-    text = replace(config.text, width=config.text.width // 8, layers=2, heads=4)
-    projection = config.projection
+    if text.kind == "named":
+        text = replace(text, options={**text.options, **SMALL_TEXT_TOWERS[text.source or ""]})
+    else:
+        text = replace(text, width=text.width // 8, layers=2, heads=4)
     if config.sides == "image" and image.kind == "vit":  # a backbone: its width is the dimension
         projection = replace(projection, dim=image.width)
+    tokenizer = byte_tokenizer(config) if config.tokenizer.get("kind") == "huggingface" else config.tokenizer
     return replace(
-        config, image=image, text=text, projection=projection, preprocess=replace(config.preprocess, size=size)
+        config,
+        image=image,
+        text=text,
+        projection=projection,
+        tokenizer=tokenizer,
+        preprocess=replace(config.preprocess, size=size),
     )
 
 
@@ -55,12 +93,20 @@ def test_tiny_encoder(kind: str) -> None:
         ({"activation": "gelu"}, {"pool": "cls", "causal": False, "activation": "gelu"}),
         ({"patch_bias": True, "layer_scale": True, "registers": 3, "pre_norm": False}, {}),
         ({"registers": 2, "pool": "mean"}, {}),
+        ({"pool": "map", "class_token": False, "activation": "gelu_tanh"}, {"pool": "appended"}),
+        (
+            {"pool": "mean", "class_token": False, "image_size": 35},
+            {"pool": "last", "causal": False, "ln_eps": 1e-6, "activation": "gelu_tanh"},
+        ),
+        ({"pool": "attention"}, {"pool": "appended", "cls_mask": "correct"}),
         ({"activation": "swiglu", "mlp_ratio": 5.33334}, {}),
     ],
 )
 def test_native_options(image: dict[str, Any], text: dict[str, Any]) -> None:
     tiny = TinyEncoder(0)
-    config = replace(tiny.config, image=replace(tiny.config.image, **image), text=replace(tiny.config.text, **text))
+    image_config = replace(tiny.config.image, **image)
+    preprocess = replace(tiny.config.preprocess, size=image_config.image_size)
+    config = replace(tiny.config, image=image_config, text=replace(tiny.config.text, **text), preprocess=preprocess)
     check_encoder(Encoder(build_encoder_model(config, seed=0), config, name="options"))
 
 

@@ -12,12 +12,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from chiasm.checkpoints import openai, timm
+from chiasm.checkpoints import conch, openai, timm
 from chiasm.checkpoints.containers import read_state_dict
 from chiasm.checkpoints.layout import Layout
 from chiasm.errors import CheckpointError
 
-LAYOUTS: Mapping[str, Layout] = {layout.name: layout for layout in (openai.LAYOUT, timm.LAYOUT, timm.DINO_LAYOUT)}
+_ALL = (openai.LAYOUT, timm.LAYOUT, timm.DINO_LAYOUT, conch.LAYOUT)
+LAYOUTS: Mapping[str, Layout] = {layout.name: layout for layout in _ALL}
 
 
 def find_layout(tensors: Mapping[str, Tensor]) -> Layout | None:

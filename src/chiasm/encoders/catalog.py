@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from chiasm.encoders.entry import CatalogEntry, Figure, WeightSource
-from chiasm.encoders.models import kaiko, openai, uni
+from chiasm.encoders.models import conch, kaiko, openai, uni
 from chiasm.encoders.models.openai import ARCHITECTURES, with_gelu
 from chiasm.errors import UnknownName
 from chiasm.registry import Registry
 
 __all__ = ["ARCHITECTURES", "CATALOG", "Catalog", "CatalogEntry", "Figure", "WeightSource", "with_gelu"]
 
-FAMILIES = (openai, uni, kaiko)
+FAMILIES = (openai, conch, uni, kaiko)
 
 
 class Catalog(Registry[CatalogEntry]):

@@ -17,10 +17,12 @@ from typing import Any
 from torch import nn
 
 from chiasm.encoders.base import ImageTowerConfig, TextTowerConfig
-from chiasm.errors import UnknownName
+from chiasm.errors import ConfigError, UnknownName
 
 #: Name -> ``module:function``; the function takes the tower's declaration and returns the module.
-IMAGE_TOWERS: Mapping[str, str] = {}
+IMAGE_TOWERS: Mapping[str, str] = {
+    "conch": "chiasm.encoders.conch:ConchImageTower",
+}
 TEXT_TOWERS: Mapping[str, str] = {}
 
 
@@ -39,3 +41,24 @@ def build_named_tower(config: ImageTowerConfig | TextTowerConfig) -> nn.Module:
     builder: Any = getattr(import_module(module), function)
     tower: nn.Module = builder(config)
     return tower
+
+
+def tower_options(config: ImageTowerConfig | TextTowerConfig, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tower's options with the defaults for those that are not stated.
+
+    Raises:
+        ConfigError: An unknown option, one of another type than its default, or a number below 1.
+    """
+    side = "image" if isinstance(config, ImageTowerConfig) else "text"
+    for name, value in config.options.items():
+        if name not in defaults:
+            known = ", ".join(sorted(defaults))
+            raise ConfigError(f"unknown field `{side}.options.{name}`", hint=f"known fields: {known}")
+        expected = type(defaults[name])
+        if type(value) is not expected and not (expected is tuple and isinstance(value, list)):
+            raise ConfigError(
+                f"`{side}.options.{name}` must be of type {expected.__name__}, got {type(value).__name__}"
+            )
+        if expected is int and value < 1:
+            raise ConfigError(f"`{side}.options.{name}` must be at least 1, got {value}")
+    return {**defaults, **config.options}
