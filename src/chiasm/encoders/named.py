@@ -21,6 +21,7 @@ from chiasm.errors import ConfigError, UnknownName
 
 #: Name -> ``module:function``; the function takes the tower's declaration and returns the module.
 IMAGE_TOWERS: Mapping[str, str] = {
+    "classic_resnet": "chiasm.encoders.classic_resnet:build_classic_resnet",
     "conch": "chiasm.encoders.conch:ConchImageTower",
 }
 TEXT_TOWERS: Mapping[str, str] = {}
