@@ -248,6 +248,8 @@ class Embeddings:
         paths: The image path of each row, where there is one.
         patients: The group of each row, for splits and clustered intervals.
         labels: Column name -> one value a row; None means "not labelled".
+        members: Models whose unit vectors stand side by side in a row (divided by the root of their number), 1 for one
+            encoder.
     """
 
     vectors: NDArray[np.float32]
@@ -261,6 +263,7 @@ class Embeddings:
     paths: tuple[str | None, ...] | None = None
     patients: tuple[str | None, ...] | None = None
     labels: Mapping[str, tuple[LabelValue, ...]] = field(default_factory=dict)
+    members: int = 1
 
     def __post_init__(self) -> None:
         vectors = np.ascontiguousarray(self.vectors, dtype=np.float32)
@@ -272,6 +275,8 @@ class Embeddings:
             raise InputError(
                 f"vectors have {vectors.shape[1]} dimensions, their space {self.space} has {self.space.dim}"
             )
+        if self.members < 1 or self.space.dim % self.members:
+            raise InputError(f"{self.space.dim} dimensions cannot be shared by {self.members} models")
         columns: dict[str, Sequence[object] | None] = {
             "ids": self.ids,
             "texts": self.texts,
