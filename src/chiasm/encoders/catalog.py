@@ -1,7 +1,8 @@
 """The models that have a name: a table of configurations and facts. Light: torch is not imported.
 
-In: the entries of ``encoders.models``. Out: :data:`CATALOG`, and :data:`ARCHITECTURES` under open_clip's names. Figures
-are published ones, each with its source; chiasm did not measure them.
+In: the entries of ``encoders.models`` and what is known about them (``encoders.facts``). Out: :data:`CATALOG`, and
+:data:`ARCHITECTURES` under open_clip's names. Figures are published ones, each with its source; chiasm did not measure
+them.
 """
 
 from __future__ import annotations
@@ -9,14 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from chiasm.encoders.entry import CatalogEntry, Figure, WeightSource
-from chiasm.encoders.models import conch, kaiko, openai, uni
+from chiasm.encoders.facts import join_facts
+from chiasm.encoders.models import conch, dino, histology, kaiko, openai, uni
 from chiasm.encoders.models.openai import ARCHITECTURES, with_gelu
 from chiasm.errors import UnknownName
 from chiasm.registry import Registry
 
 __all__ = ["ARCHITECTURES", "CATALOG", "Catalog", "CatalogEntry", "Figure", "WeightSource", "with_gelu"]
 
-FAMILIES = (openai, conch, uni, kaiko)
+FAMILIES = (openai, conch, uni, kaiko, dino, histology)
 
 
 class Catalog(Registry[CatalogEntry]):
@@ -38,12 +40,13 @@ class Catalog(Registry[CatalogEntry]):
     def find(self, name: str) -> CatalogEntry | None:
         """Return the entry of a name or alias, or None."""
         if name in self:
-            return super().get(name)
-        return next((e for e in self._items.values() if name in e.aliases), None)
+            return join_facts(super().get(name))
+        found = next((e for e in self._items.values() if name in e.aliases), None)
+        return None if found is None else join_facts(found)
 
     def entries(self) -> Iterator[CatalogEntry]:
         """Yield the built-in entries."""
-        yield from self._items.values()
+        yield from map(join_facts, self._items.values())
 
 
 CATALOG = Catalog("model", "chiasm.encoders", hint="`chiasm models` lists them; a path to a file or folder also works")

@@ -20,12 +20,18 @@ class Figure:
         metric: Name of the number.
         value: The number; fractions lie in [0, 1].
         source: Where it is printed.
+        on: Key of the data set (``models/datasets.toml``); empty in figures of plug-ins.
+        kind: How the number came to be: ``zero-shot`` without any label, ``retrieval`` of the partner; with labels
+            ``probe`` (linear classifier on frozen features), ``neighbours`` (k nearest), ``slide`` (aggregation over
+            a slide) or ``fine-tuned``.
     """
 
     task: str
     metric: str
     value: float
     source: str
+    on: str = ""
+    kind: Literal["zero-shot", "retrieval", "probe", "neighbours", "slide", "fine-tuned"] = "zero-shot"
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,9 @@ class WeightSource:
 @dataclass(frozen=True)
 class CatalogEntry:
     """One model: what it is, where its weights come from, what is known about it.
+
+    What is known (licence, gate, description, training data, figures) lies in ``models/facts.toml`` and is joined by
+    name when the catalog hands the entry out (``encoders.facts``); a plug-in states it here.
 
     Attributes:
         name: Its name in chiasm.
