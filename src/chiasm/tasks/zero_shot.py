@@ -11,7 +11,7 @@ plus the bias, where the model has one. Then
   the sigmoid loss (they have a logit bias) and labels without negative prompts, the sigmoid of the logit.
 
 Deviation from CheXzero: its softmax over the pair leaves out the logit scale; ours applies it. The order of images, and
-so every AUROC, is the same.
+so every AUROC, is the same. ``protocol_run`` follows CheXzero and the others to the letter.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chiasm.errors import InputError, SpaceMismatch, UnknownName
+from chiasm.tasks.aggregation import mean_direction
 from chiasm.tasks.prompts import LabelPrompts, PromptSet
 from chiasm.types import Embeddings, Space
 
@@ -37,7 +38,7 @@ _UNIT_TOLERANCE = 2e-2  # bf16 vectors stray from unit norm by up to 0.8 %
 
 Mode = Literal["single", "multi"]
 Activation = Literal["softmax", "pair", "sigmoid"]
-ScaleSource = Literal["model", "argument", "fallback"]
+ScaleSource = Literal["model", "argument", "fallback", "protocol"]
 
 
 @dataclass(frozen=True)
@@ -95,32 +96,51 @@ def unit_vectors(embeddings: Embeddings, what: str) -> NDArray[np.float32]:
     return vectors
 
 
-def build_classifier(prompts: PromptSet, embed_text: Callable[[list[str]], Embeddings]) -> TextClassifier:
-    """Embed every distinct prompt once and average per label.
-
-    Args:
-        prompts: Labels with their prompts.
-        embed_text: Texts to embeddings, one row per text in the same order, raw or normalised.
+def raw_vectors(embeddings: Embeddings, what: str) -> NDArray[np.float32]:
+    """Return the rows as the encoder gave them, after the checks of :func:`unit_vectors`.
 
     Raises:
-        InputError: When the embeddings do not fit the texts, or the prompts of a label cancel out.
+        InputError: When the rows were normalised, so that their lengths are lost.
     """
-    texts = prompts.texts()
+    if embeddings.normalized:
+        raise InputError(
+            f"this protocol averages raw {what} embeddings, got normalised ones", hint="embed with `normalize=False`"
+        )
+    unit_vectors(embeddings, what)
+    return embeddings.vectors
+
+
+def embed_prompts(texts: list[str], embed_text: Callable[[list[str]], Embeddings]) -> Embeddings:
+    """Return the embeddings of prompts; another number of rows or another modality raises ``InputError``."""
     embedded = embed_text(texts)
     if len(embedded) != len(texts):
         raise InputError(f"{len(texts)} prompts gave {len(embedded)} embeddings")
     if embedded.modality != "text":
         raise InputError(f"prompts must be embedded as text, got {embedded.modality} embeddings")
-    unit = unit_vectors(embedded, "prompt").astype(np.float64)
+    return embedded
+
+
+def build_classifier(
+    prompts: PromptSet, embed_text: Callable[[list[str]], Embeddings], *, unit_first: bool = True
+) -> TextClassifier:
+    """Embed every distinct prompt once and average per label.
+
+    Args:
+        prompts: Labels with their prompts.
+        embed_text: Texts to embeddings, one row per text in the same order, raw or normalised.
+        unit_first: Give every prompt's vector unit norm before the mean; False averages raw vectors, as BioViL does.
+
+    Raises:
+        InputError: When the embeddings do not fit the texts, are unit vectors where raw ones are needed, or the prompts
+            of a label cancel out.
+    """
+    texts = prompts.texts()
+    embedded = embed_prompts(texts, embed_text)
+    vectors = unit_vectors(embedded, "prompt") if unit_first else raw_vectors(embedded, "prompt")
     row = {text: k for k, text in enumerate(texts)}
 
     def direction(ensemble: Sequence[str], what: str) -> NDArray[np.float64]:
-        mean = unit[[row[t] for t in ensemble]].mean(axis=0)
-        norm = float(np.linalg.norm(mean))
-        if norm < 1e-6:
-            raise InputError(f"the {what} cancel each other out")
-        averaged: NDArray[np.float64] = mean / norm
-        return averaged
+        return mean_direction(vectors[[row[t] for t in ensemble]], unit_first=unit_first, what=what)
 
     def directions(side: str) -> NDArray[np.float32]:
         rows = [direction(getattr(label, side), f"{side} prompts of label `{label.name}`") for label in prompts.labels]
@@ -158,10 +178,14 @@ class ZeroShotResult:
         activation: How logits became probabilities: ``softmax``, ``pair`` or ``sigmoid``.
         space: Where images and prompts were compared.
         logit_scale: The multiplier that was used.
-        logit_scale_source: ``model``, ``argument``, or ``fallback`` when the model has none and 100 was used.
+        logit_scale_source: ``model``, ``argument``, ``protocol`` (it states one, or none: 1), or ``fallback`` when the
+            model has none and 100 was used.
         logit_bias: What was added, where the model has one.
         prompts: The prompts that were used.
         paths: Image path of each row, where known.
+        protocol: Name of the published protocol that was followed, where one was.
+        variant: Which form of it: ``published``, ``corrected`` ...
+        notes: What a reader must know about the protocol: its defects, and what of it could not be followed.
     """
 
     probabilities: NDArray[np.float64]
@@ -179,6 +203,9 @@ class ZeroShotResult:
     logit_bias: float | None
     prompts: PromptSet
     paths: tuple[str | None, ...] | None = None
+    protocol: str | None = None
+    variant: str | None = None
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -237,6 +264,9 @@ class ZeroShotResult:
         return {
             "mode": self.mode,
             "activation": self.activation,
+            "protocol": self.protocol,
+            "variant": self.variant,
+            "notes": list(self.notes),
             "labels": list(self.labels),
             "space": self.space.to_dict(),
             "logit_scale": self.logit_scale,
@@ -279,13 +309,7 @@ def classify(
         SpaceMismatch: When images and prompts come from two spaces.
         InputError: When vectors are damaged, or ``multi`` lacks the negative prompts that it needs.
     """
-    if images.space != classifier.space:
-        raise SpaceMismatch(
-            f"images come from `{images.space}` and prompts from `{classifier.space}`; their similarity has no meaning",
-            hint="embed both with the same model",
-        )
-    if images.modality != "image":
-        raise InputError(f"zero-shot classification needs image embeddings, got {images.modality} embeddings")
+    check_images(images, classifier.space)
     if mode not in ("single", "multi"):
         raise UnknownName("mode", mode, ("single", "multi"))
     scale, source = choose_logit_scale(images.logit_scale, classifier.logit_scale, logit_scale)
@@ -328,6 +352,22 @@ def classify(
         classifier.prompts,
         images.paths,
     )
+
+
+def check_images(images: Embeddings, space: Space) -> None:
+    """Raise unless these are image embeddings of the prompts' space.
+
+    Raises:
+        SpaceMismatch: When images and prompts come from two spaces.
+        InputError: When the embeddings are of texts.
+    """
+    if images.space != space:
+        raise SpaceMismatch(
+            f"images come from `{images.space}` and prompts from `{space}`; their similarity has no meaning",
+            hint="embed both with the same model",
+        )
+    if images.modality != "image":
+        raise InputError(f"zero-shot classification needs image embeddings, got {images.modality} embeddings")
 
 
 def _positive_cosines(vectors: NDArray[np.float32], classifier: TextClassifier, scale: float) -> NDArray[np.float32]:
