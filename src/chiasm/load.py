@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = ["create_model_and_transforms", "get_tokenizer", "list_models", "load", "save_encoder"]
 
-WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".ckpt")
+WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".ckpt", ".torch")
 _log = logging.getLogger("chiasm")
 
 
@@ -187,8 +187,10 @@ def _read_entry(path: Path, entry: CatalogEntry, family: str | None) -> _Source:
     if whole or entry.layout == openai.LAYOUT.name:
         return _checked(_read(path, family, expected=entry.config), entry.name, entry.config)
     layout = LAYOUTS[entry.layout]
-    tensors = layout.convert(read_parts(path, layout), entry.config.to_dict())
-    return _Source(entry.name, replace(entry.config, tokenizer=_tokenizer_of(path, entry)), tensors)
+    found = read_parts(path, layout)
+    config = entry.config if layout.infer is None else _config(layout.infer(found, entry.config.to_dict()))
+    tensors = layout.convert(found, config.to_dict())
+    return _Source(entry.name, replace(config, tokenizer=_tokenizer_of(path, entry)), tensors)
 
 
 def _tokenizer_of(path: Path, entry: CatalogEntry) -> Mapping[str, Any]:

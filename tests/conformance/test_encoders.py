@@ -20,6 +20,7 @@ from chiasm.types import Preprocess
 
 #: Towers of ``encoders.named`` at reduced depth and width: (side of the image, options).
 SMALL_IMAGE_TOWERS: dict[str, tuple[int, dict[str, Any]]] = {
+    "classic_resnet": (64, {"width": 8, "layers": [1, 1, 1, 1]}),
     "conch": (32, {"width": 32, "layers": 2, "heads": 4, "patch_size": 8, "output_dim": 16, "pool_heads": 4}),
 }
 SMALL_TEXT_TOWERS: dict[str, dict[str, Any]] = {}
@@ -50,7 +51,7 @@ def reduced(config: EncoderConfig) -> EncoderConfig:
         size, options = SMALL_IMAGE_TOWERS[image.source or ""]
         image = replace(image, image_size=size, options={**image.options, **options})
         if projection.image == "none":
-            projection = replace(projection, dim=options["output_dim"])
+            projection = replace(projection, dim=options.get("output_dim", 256))
     elif image.kind == "vit":
         size = 2 * image.patch_size
         image = replace(image, width=image.width // 8, layers=2, heads=4, image_size=size)

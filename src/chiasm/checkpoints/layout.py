@@ -18,6 +18,7 @@ WEIGHT_FILES = (
     "*.pt",
     "*.pth",
     "*.ckpt",
+    "*.torch",
 )
 
 
@@ -32,12 +33,15 @@ class Layout:
             a file may hold besides is dropped here, each with its reason; anything else that is not understood is
             passed on, so that the strict load reports it.
         parts: Prefix put before the names of a file -> glob patterns of that file in a folder.
+        infer: (tensors, configuration) -> the configuration with the shape that the tensors have; None: the stated one
+            counts.
     """
 
     name: str
     matches: Callable[[Mapping[str, Tensor]], bool]
     convert: Callable[[Mapping[str, Tensor], Mapping[str, Any]], dict[str, Tensor]]
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"": WEIGHT_FILES})
+    infer: Callable[[Mapping[str, Tensor], Mapping[str, Any]], dict[str, Any]] | None = None
 
 
 def renamed(name: str, rules: Sequence[tuple[str, str]]) -> str:

@@ -12,12 +12,21 @@ from pathlib import Path
 
 from torch import Tensor
 
-from chiasm.checkpoints import conch, openai, timm
+from chiasm.checkpoints import conch, huggingface_vit, openai, own_backbone, resnet, timm
 from chiasm.checkpoints.containers import read_state_dict
 from chiasm.checkpoints.layout import Layout
 from chiasm.errors import CheckpointError
 
-_ALL = (openai.LAYOUT, timm.LAYOUT, timm.DINO_LAYOUT, conch.LAYOUT)
+_ALL = (
+    openai.LAYOUT,
+    timm.LAYOUT,
+    timm.DINO_LAYOUT,
+    conch.LAYOUT,
+    huggingface_vit.LAYOUT,
+    resnet.LAYOUT,
+    own_backbone.VIT_LAYOUT,
+    own_backbone.RESNET_LAYOUT,
+)
 LAYOUTS: Mapping[str, Layout] = {layout.name: layout for layout in _ALL}
 
 

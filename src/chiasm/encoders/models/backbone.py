@@ -47,6 +47,12 @@ def vit_backbone(
     return image_backbone(tower, size["width"], preprocess)
 
 
+def resnet_backbone(preprocess: Preprocess) -> EncoderConfig:
+    """Return torchvision's ResNet-50: the mean of its last map, 2048 numbers."""
+    image = ImageTowerConfig(kind="named", source="classic_resnet", image_size=preprocess.size)
+    return image_backbone(image, 2048, preprocess)
+
+
 def text_backbone(text: TextTowerConfig, dim: int, tokenizer: Mapping[str, Any]) -> EncoderConfig:
     """Return the declaration of a text tower whose own output is the embedding."""
     return EncoderConfig(
