@@ -140,6 +140,15 @@ def test_texts_come_back_in_order_and_equal_ones_cost_once() -> None:
         embed_texts(e, texts, batch_size=0)
 
 
+def test_raw_texts_keep_their_lengths() -> None:
+    encoder = Watched()
+    raw, unit = embed_texts(encoder, ["a", "b", "c d"], normalize=False), embed_texts(encoder, ["a", "b", "c d"])
+    assert (raw.normalized, unit.normalized) == (False, True)
+    np.testing.assert_allclose(raw.vectors, encoder.encode_text(["a", "b", "c d"]).numpy(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(raw.normalize().vectors, unit.vectors, atol=1e-6)
+    assert np.abs(np.linalg.norm(raw.vectors, axis=1) - 1).max() > 1e-2
+
+
 def test_truncation_is_told_once_with_its_count() -> None:
     with pytest.warns(TruncationWarning, match="3 of 4 texts are longer than 12 tokens") as caught:
         embed_texts(encoder(), ["x" * 20, "x" * 20, "short", "y" * 13], batch_size=1)

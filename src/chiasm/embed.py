@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -121,6 +121,7 @@ def embed_texts(
     texts: Sequence[Sample | str],
     *,
     batch_size: int = 32,
+    normalize: bool = True,
     on_bad: OnBad = "skip",
     rejects: RejectLog | None = None,
     progress: Progress | None = None,
@@ -133,6 +134,7 @@ def embed_texts(
         encoder: Gives tokenizer and vectors.
         texts: Samples or strings (their id is the position).
         batch_size: Texts a forward pass.
+        normalize: False returns vectors as the encoder gives them, whose lengths some protocols use.
         on_bad: What to do with empty texts: ``skip`` leaves them out and notes them; ``fail`` raises.
         rejects: Where they are noted; without it a warning counts them.
         progress: Told about every batch.
@@ -142,8 +144,8 @@ def embed_texts(
     """
     items = [t if isinstance(t, Sample) else Sample(id=str(i), text=t) for i, t in enumerate(texts)]
     log = RejectLog()
-    stream = _TextStream(encoder, items, batch_size, on_bad, log)
-    result = _collect(encoder, items, stream.run(range(len(items))), "text", progress)
+    stream = _TextStream(encoder, items, batch_size, on_bad, log, normalize)
+    result = replace(_collect(encoder, items, stream.run(range(len(items))), "text", progress), normalized=normalize)
     _tell_truncated(stream)
     _tell_rejected(log, rejects, items)
     return result
@@ -278,7 +280,13 @@ class _TextStream:
     """Yields the vectors of the wanted rows, window by window; windows are cut by position."""
 
     def __init__(
-        self, encoder: Encoder, samples: Sequence[Sample], batch_size: int, on_bad: OnBad, rejects: RejectLog
+        self,
+        encoder: Encoder,
+        samples: Sequence[Sample],
+        batch_size: int,
+        on_bad: OnBad,
+        rejects: RejectLog,
+        normalize: bool = True,
     ) -> None:
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1, got {batch_size}")
@@ -287,6 +295,7 @@ class _TextStream:
         self.batch_size = batch_size
         self.on_bad = on_bad
         self.rejects = rejects
+        self.normalize = normalize
         self.truncated = 0
 
     def run(self, wanted: Sequence[int]) -> Iterator[_Vectors]:
@@ -320,7 +329,7 @@ class _TextStream:
         for start in range(0, len(order), self.batch_size):
             part = order[start : start + self.batch_size]
             batch = type(tokens)(tokens.ids[part], tokens.lengths[part], ())
-            vectors[part.numpy()] = _to_numpy(self.encoder.encode_text(batch, normalize=True))
+            vectors[part.numpy()] = _to_numpy(self.encoder.encode_text(batch, normalize=self.normalize))
         return _Vectors(rows, vectors[[unique[text] for text in texts]])
 
 
