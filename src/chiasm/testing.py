@@ -79,7 +79,7 @@ def check_encoder(encoder: Encoder, *, tolerance: float = TOLERANCE) -> None:
     """Assert the laws of an encoder.
 
     Shapes and types; the same result twice; a row does not depend on the other rows of its batch, nor a text on its
-    padding; unit norms on request; empty batches; patch features where the tower has them; the logit scale is a
+    padding (a tower that says ``padding_counts``, as MedCLIP's does: on nothing but how far its batch is padded); unit norms on request; empty batches; patch features where the tower has them; the logit scale is a
     multiplier; the space changes with the weights and with nothing else; saving and loading is the identity.
 
     Args:
@@ -108,7 +108,7 @@ def _check_all(encoder: Encoder, tolerance: float) -> None:
     _check_side(encoder, "images", lambda rows: encoder.encode_image(pixels[rows]), 3, tolerance)
     tokens = encoder.tokenizer.encode(texts)
     _check_tokens(encoder, tokens)
-    _check_side(encoder, "texts", lambda rows: encoder.encode_text([texts[i] for i in rows]), len(texts), tolerance)
+    _check_texts(encoder, texts, tolerance)
     for what, raw, unit in (
         ("images", encoder.encode_image(pixels), encoder.encode_image(pixels, normalize=True)),
         ("texts", encoder.encode_text(texts), encoder.encode_text(texts, normalize=True)),
@@ -136,7 +136,7 @@ def _check_one_side(encoder: Encoder, images: list[Image], texts: list[str], tol
         _check_patches(encoder, pixels)
     else:
         _check_tokens(encoder, encoder.tokenizer.encode(texts))
-        _check_side(encoder, "texts", lambda rows: encoder.encode_text([texts[i] for i in rows]), len(texts), tolerance)
+        _check_texts(encoder, texts, tolerance)
         size = encoder.preprocess_spec.size
     try:
         if encoder.config.has_image:
@@ -151,9 +151,26 @@ def _check_one_side(encoder: Encoder, images: list[Image], texts: list[str], tol
     _check_saving(encoder, pixels if encoder.config.has_image else None, texts)
 
 
+def _check_texts(encoder: Encoder, texts: list[str], tolerance: float) -> None:
+    """As for images; a text tower with ``padding_counts`` (MedCLIP's) may see how long the longest text of a batch is."""
+    trunk = getattr(encoder.model.text, "transformer", None)
+    longest = None
+    if getattr(trunk, "padding_counts", False):
+        longest = int(encoder.tokenizer.encode(texts).lengths.argmax())
+    _check_side(
+        encoder, "texts", lambda rows: encoder.encode_text([texts[i] for i in rows]), len(texts), tolerance, longest
+    )
+
+
 def _check_side(
-    encoder: Encoder, what: str, embed: Callable[[Sequence[int]], Tensor], count: int, tolerance: float
+    encoder: Encoder,
+    what: str,
+    embed: Callable[[Sequence[int]], Tensor],
+    count: int,
+    tolerance: float,
+    companion: int | None = None,
 ) -> None:
+    """``companion`` is the row that must be in every batch for the others to keep their results."""
     rows = list(range(count))
     together = embed(rows)
     assert together.shape == (count, encoder.dim), (
@@ -164,7 +181,7 @@ def _check_side(
     assert torch.equal(together, embed(rows)), f"{what}: the same input gives two results"
     assert float((together[0] - together[1]).abs().max()) > 0, f"{what}: two inputs give one embedding"
     for row in rows:
-        alone = embed([row])[0]
+        alone = embed([row] if companion is None else [row, companion])[0]
         difference = float((alone - together[row]).abs().max() / together[row].abs().max())
         assert difference <= tolerance, (
             f"{what}: row {row} changes by {difference:.1e} with the other rows of its batch"

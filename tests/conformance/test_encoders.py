@@ -23,7 +23,21 @@ SMALL_IMAGE_TOWERS: dict[str, tuple[int, dict[str, Any]]] = {
     "classic_resnet": (64, {"width": 8, "layers": [1, 1, 1, 1]}),
     "conch": (32, {"width": 32, "layers": 2, "heads": 4, "patch_size": 8, "output_dim": 16, "pool_heads": 4}),
 }
-SMALL_TEXT_TOWERS: dict[str, dict[str, Any]] = {}
+SMALL_BERT: dict[str, Any] = {
+    "width": 32,
+    "layers": 3,
+    "heads": 2,
+    "mlp_width": 48,
+    "vocab_size": 300,
+    "positions": 100,
+}
+SMALL_TEXT_TOWERS: dict[str, dict[str, Any]] = {"medclip": SMALL_BERT}
+
+
+#: Models of transformers at reduced size, by their ``model_type``.
+SMALL_MODELS: dict[str, dict[str, Any]] = {
+    "swin": {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4, "image_size": 64},
+}
 
 
 def byte_tokenizer(config: EncoderConfig) -> dict[str, Any]:
@@ -52,6 +66,9 @@ def reduced(config: EncoderConfig) -> EncoderConfig:
         image = replace(image, image_size=size, options={**image.options, **options})
         if projection.image == "none":
             projection = replace(projection, dim=options.get("output_dim", 256))
+    elif image.kind == "huggingface":
+        size = 64
+        image = replace(image, image_size=size, options={"config": {**image.options["config"], **SMALL_MODELS["swin"]}})
     elif image.kind == "vit":
         size = 2 * image.patch_size
         image = replace(image, width=image.width // 8, layers=2, heads=4, image_size=size)

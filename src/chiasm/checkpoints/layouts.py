@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from chiasm.checkpoints import conch, huggingface_vit, openai, own_backbone, resnet, timm
+from chiasm.checkpoints import conch, huggingface_vit, medclip, open_clip_names, openai, own_backbone, resnet, timm
 from chiasm.checkpoints.containers import read_state_dict
 from chiasm.checkpoints.layout import Layout
 from chiasm.errors import CheckpointError
@@ -24,6 +24,8 @@ _ALL = (
     conch.LAYOUT,
     huggingface_vit.LAYOUT,
     resnet.LAYOUT,
+    medclip.LAYOUT,
+    open_clip_names.LAYOUT,
     own_backbone.VIT_LAYOUT,
     own_backbone.RESNET_LAYOUT,
 )

@@ -11,14 +11,26 @@ from collections.abc import Iterator
 
 from chiasm.encoders.entry import CatalogEntry, Figure, WeightSource
 from chiasm.encoders.facts import join_facts
-from chiasm.encoders.models import conch, dino, histology, kaiko, openai, uni
+from chiasm.encoders.models import (
+    bioclip,
+    biomedclip,
+    conch,
+    dino,
+    histology,
+    kaiko,
+    medclip,
+    openai,
+    plip,
+    quiltnet,
+    uni,
+)
 from chiasm.encoders.models.openai import ARCHITECTURES, with_gelu
 from chiasm.errors import UnknownName
 from chiasm.registry import Registry
 
 __all__ = ["ARCHITECTURES", "CATALOG", "Catalog", "CatalogEntry", "Figure", "WeightSource", "with_gelu"]
 
-FAMILIES = (openai, conch, uni, kaiko, dino, histology)
+FAMILIES = (openai, conch, uni, kaiko, dino, histology, medclip, biomedclip, bioclip, plip, quiltnet)
 
 
 class Catalog(Registry[CatalogEntry]):

@@ -1,0 +1,54 @@
+"""MedCLIP with its two image towers.
+
+References: RyanWangZf/MedCLIP ``medclip/modeling_medclip.py``, ``medclip/dataset.py``, ``medclip/constants.py``; Wang et
+al. 2022, "MedCLIP: Contrastive learning from unpaired medical images and text". Both zip archives hold one
+``pytorch_model.bin``; the vocabulary of BioClinicalBERT is not in them.
+"""
+
+from __future__ import annotations
+
+from chiasm.encoders.base import EncoderConfig, ImageTowerConfig, ProjectionConfig, TextTowerConfig
+from chiasm.encoders.entry import CatalogEntry, WeightSource
+from chiasm.types import Preprocess
+
+_MEAN, _STD = 0.5862785803043838, 0.27950088968644304
+#: One grey channel, repeated; ``pad_square`` pads small images instead of enlarging them.
+PREPROCESS = Preprocess(resize="pad_square", crop="none", grey=True, mean=(_MEAN,) * 3, std=(_STD,) * 3)
+BIO_CLINICAL_BERT = "emilyalsentzer/Bio_ClinicalBERT"
+#: microsoft/swin-tiny-patch4-window7-224
+_SWIN_TINY = {
+    "model_type": "swin", "embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24], "window_size": 7,
+    "image_size": 224, "patch_size": 4,
+}  # fmt: skip
+
+
+def _medclip(image: ImageTowerConfig) -> EncoderConfig:
+    return EncoderConfig(
+        image=image,
+        text=TextTowerConfig(kind="named", source="medclip", context_length=77),
+        projection=ProjectionConfig(dim=512),
+        tokenizer={"kind": "huggingface", "source": BIO_CLINICAL_BERT, "context_length": 77},
+        preprocess=PREPROCESS,
+    )
+
+
+_SOURCE = "RyanWangZf/MedCLIP medclip/constants.py"
+ENTRIES = (
+    CatalogEntry(
+        name="medclip-swin",
+        config=_medclip(
+            ImageTowerConfig(
+                kind="huggingface", source="microsoft/swin-tiny-patch4-window7-224", options={"config": _SWIN_TINY}
+            )
+        ),
+        aliases=("medclip", "medclip-vit"),
+        layout="medclip",
+        weights=WeightSource(_SOURCE, url="https://storage.googleapis.com/pytrial/medclip-vit-pretrained.zip"),
+    ),
+    CatalogEntry(
+        name="medclip-resnet",
+        config=_medclip(ImageTowerConfig(kind="named", source="classic_resnet")),
+        layout="medclip",
+        weights=WeightSource(_SOURCE, url="https://storage.googleapis.com/pytrial/medclip-pretrained.zip"),
+    ),
+)
