@@ -1,0 +1,420 @@
+"""A name to files on this machine: the cache, the hub's addresses, and what to do where there is no network.
+
+In: an entry of the catalog, ``hf-hub:org/repo[@revision]`` or ``open_clip:NAME/TAG``. Out: the path of a weight file or
+model folder in ``$CHIASM_HOME/models``. What is there is used without any request. What is absent is fetched from its
+official source, verified and recorded in ``fetched.json``: a repository at the documented revision, else at the one of
+the first download. Weights that are handed out on request are never asked for; the error says who gives them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from fnmatch import fnmatchcase
+from importlib.resources import files
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+from filelock import FileLock, Timeout
+
+from chiasm.encoders.catalog import CATALOG, CatalogEntry
+from chiasm.errors import CheckpointError, FileFormatError, InputError, UnknownName
+from chiasm.io.download import DownloadError, check_reach, download, read_address
+from chiasm.progress import Progress, RichProgress
+
+HUB, OPEN_CLIP = "hf-hub:", "open_clip:"
+WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".ckpt", ".torch", ".zip")
+RECORD = "fetched.json"
+#: In a repository of which nothing is documented: the weights, the first that are there; an index stands for its parts.
+HUB_WEIGHTS = (
+    "open_clip_model.safetensors",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "open_clip_pytorch_model.bin",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+#: And everything small that a model folder may need: configuration, tokenizer, licence. Code is never fetched.
+HUB_BESIDES = (
+    "encoder.json", "recipe.toml", "config.json", "open_clip_config.json", "preprocessor_config.json", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt",
+    "spiece.model", "sentencepiece.bpe.model", "LICEN[CS]E*", "NOTICE*", "README.md",
+)  # fmt: skip
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_REVISION = re.compile(r"[A-Za-z0-9][\w./-]*")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+LOCK_S = 3600.0
+
+
+@dataclass(frozen=True)
+class HubAddress:
+    """A repository of the Hugging Face hub.
+
+    Attributes:
+        repository: ``org/name``.
+        revision: Commit, branch or tag; empty: the recorded one.
+        activation: What open_clip's table says of the tag's weights; empty: the folder says it itself.
+    """
+
+    repository: str
+    revision: str = ""
+    activation: str = ""
+
+    def __str__(self) -> str:
+        return self.repository + (f"@{self.revision}" if self.revision else "")
+
+
+def models_folder() -> Path:
+    """Return the folder of the weights on this machine: ``$CHIASM_HOME/models``."""
+    return Path(os.environ.get("CHIASM_HOME") or "~/.cache/chiasm").expanduser() / "models"
+
+
+def is_address(name: object) -> bool:
+    """Return whether a name is an address of the hub or of open_clip rather than a name of the catalog."""
+    return isinstance(name, str) and name.startswith((HUB, OPEN_CLIP))
+
+
+def parse_address(name: str) -> HubAddress | CatalogEntry:
+    """Return what an address means; ``open_clip:NAME/openai`` is an entry of the catalog.
+
+    Raises:
+        InputError: Not ``hf-hub:org/repo[@revision]``.
+        UnknownName: No such name and tag in open_clip's table.
+    """
+    if name.startswith(OPEN_CLIP):
+        return _open_clip_address(name.removeprefix(OPEN_CLIP))
+    repository, _, revision = name.removeprefix(HUB).partition("@")
+    if not _REPOSITORY.fullmatch(repository) or (revision and not _is_revision(revision)) or ".." in repository:
+        raise InputError(f"`{name}` is no address of the hub", hint="expected `hf-hub:org/repo` or `…/repo@revision`")
+    return HubAddress(repository, revision)
+
+
+def _is_revision(text: str) -> bool:
+    return bool(_REVISION.fullmatch(text)) and ".." not in text
+
+
+def _open_clip_address(name: str) -> HubAddress | CatalogEntry:
+    model, _, tag = name.partition("/")
+    if tag == "openai":
+        return CATALOG.get(f"openai/{model.removesuffix('-quickgelu')}")
+    table = tomllib.loads((files("chiasm.encoders.models") / "open_clip_hub.toml").read_text(encoding="utf-8"))
+    plain = f"{model.removesuffix('-quickgelu')}/{tag}"
+    repository = table["repositories"].get(plain)
+    quick = plain in table["activation"]["quick_gelu"]
+    if repository is None or (model.endswith("-quickgelu") and not quick):
+        raise UnknownName(
+            "name and tag of open_clip", name, table["repositories"],
+            hint="give the repository that holds the weights: `hf-hub:org/repo`",
+        )  # fmt: skip
+    return HubAddress(repository, activation="quick_gelu" if quick else "")
+
+
+def entry_of(address: HubAddress) -> CatalogEntry | None:
+    """Return the entry of the catalog whose weights lie in a repository, if exactly one does."""
+    found = [e for e in CATALOG.entries() if e.weights is not None and e.weights.repository == address.repository]
+    return CATALOG.get(found[0].name) if len(found) == 1 else None
+
+
+def cached(entry: CatalogEntry) -> Path | None:
+    """Return the file or folder of an entry in the cache: ``models/NAME`` with or without a suffix, or its repository.
+
+    No request is made.
+    """
+    folder = models_folder()
+    stems = [entry.name, entry.name.rsplit("/", 1)[-1]]
+    if entry.weights is not None and entry.weights.file_name:
+        stems.append(entry.weights.file_name.rsplit(".", 1)[0])
+    for stem in dict.fromkeys(stems):
+        for suffix in ("", *WEIGHT_SUFFIXES):
+            path = folder / f"{stem}{suffix}"
+            if path.is_file() or (not suffix and path.is_dir() and any(path.iterdir())):
+                return path
+    if entry.weights is not None and entry.weights.repository:
+        return cached_repository(HubAddress(entry.weights.repository, entry.weights.revision))
+    return None
+
+
+def cached_repository(address: HubAddress) -> Path | None:
+    """Return the folder of a repository in the cache, at the revision asked for or recorded; no request is made."""
+    commit = address.revision
+    if not _COMMIT.fullmatch(commit):
+        commit = str(_record().get(f"{HUB}{address}", {}).get("revision", ""))
+    path = _repository_folder(address.repository) / commit
+    return path if _COMMIT.fullmatch(commit) and path.is_dir() else None
+
+
+def obtain(entry: CatalogEntry, *, progress: Progress | None = None) -> Path:
+    """Return the weights of an entry, fetched if they are absent and free to fetch.
+
+    Raises:
+        CheckpointError: Absent and out of reach, refused, or handed out on request only; says where to get them.
+    """
+    found = cached(entry)
+    if found is not None:
+        return found
+    source = entry.weights
+    if source is None or not (source.url or source.repository) or entry.gate == "request":
+        raise absent(entry)
+    try:
+        if source.repository:
+            address = HubAddress(source.repository, source.revision)
+            return _fetch_repository(address, source.files, _wants_all(entry), progress)
+        return _fetch_file(entry, progress)
+    except DownloadError as error:
+        raise absent(entry, error) from error
+
+
+def obtain_address(address: HubAddress, *, progress: Progress | None = None) -> Path:
+    """Return the folder of a repository, fetched if it is absent.
+
+    Raises:
+        CheckpointError: Absent and out of reach, or refused; says where to get it.
+    """
+    found = cached_repository(address)
+    if found is not None:
+        return found
+    try:
+        return _fetch_repository(address, (), False, progress)
+    except DownloadError as error:
+        place = f"{_endpoint()}/{address.repository}"
+        raise CheckpointError(
+            f"`{HUB}{address}` is not on this machine: {error.message}",
+            hint=_account(error, place) + f"get its files from {place} and give the folder, or where there is a "
+            f"network: `chiasm bundle {HUB}{address} DIR`, then load DIR here",
+        ) from error
+
+
+def absent(entry: CatalogEntry, error: DownloadError | None = None) -> CheckpointError:
+    """Return the error for weights that are not here: where they are, under which terms, how to bring them."""
+    message = f"the weights of `{entry.name}` are not on this machine"
+    if error is not None:
+        message += f": {error.message}"
+    source = entry.weights
+    terms = (
+        f" (licence: {entry.licence or 'see its source'}; "
+        + {
+            "open": "open to anybody)",
+            "agreement": "after accepting its terms with an account)",
+            "request": "handed out by its authors)",
+        }[entry.gate]
+    )
+    bundle = f"; or where there is a network: `chiasm bundle {entry.name} DIR`, then load DIR here"
+    here = f"`load({entry.name!r}, pretrained='/path/to/it')`, or put it into {models_folder()}"
+    if source is None:
+        return CheckpointError(message, hint=f"give the path of your own: {here}")
+    place = source.url or (f"{_endpoint()}/{source.repository}" if source.repository else "")
+    if source.ask or entry.gate == "request" or not place:
+        ask = source.ask or f"ask its authors: {source.source}"
+        return CheckpointError(message, hint=f"{ask}{terms}, then {here}")
+    return CheckpointError(message, hint=f"{_account(error, place)}get {place}{terms}, then {here}{bundle}")
+
+
+def _account(error: DownloadError | None, place: str) -> str:
+    if error is not None and error.status in (401, 403):
+        return f"accept the terms at {place} with an account, create a token there and set HF_TOKEN; or "
+    return ""
+
+
+def _wants_all(entry: CatalogEntry) -> bool:
+    from chiasm.checkpoints.layouts import LAYOUTS
+
+    layout = LAYOUTS.get(entry.layout)
+    return layout is not None and len(layout.parts) > 1
+
+
+def _fetch_file(entry: CatalogEntry, progress: Progress | None) -> Path:
+    source = entry.weights
+    assert source is not None
+    check_reach(source.url)
+    name = f"{entry.name}{PurePosixPath(urlsplit(source.url).path).suffix}"
+    target = models_folder() / name
+    with _lock(name):
+        if not target.is_file():
+            known = source.sha256 or str(_record().get(name, {}).get("sha256", ""))
+            bar = progress or RichProgress(unit="MB")
+            found = download(source.url, target, sha256=known, progress=bar)
+            _note(name, {"sha256": found, "url": source.url})
+    return target
+
+
+def _fetch_repository(address: HubAddress, wanted: Sequence[str], every: bool, progress: Progress | None) -> Path:
+    check_reach(_endpoint())
+    with _lock(address.repository):
+        key = f"{HUB}{address}"
+        recorded = str(_record().get(key, {}).get("revision", ""))
+        listing, headers = _listing(replace(address, revision=recorded or address.revision or "main"))
+        commit = listing.get("sha")
+        if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
+            raise DownloadError(f"the hub's answer for `{address.repository}` names no commit")
+        target = _repository_folder(address.repository) / commit
+        if not target.is_dir():
+            staging = target.with_name(f"{commit}.partial")
+            known = _sizes(listing)
+            bar = progress or RichProgress(unit="MB")
+            for name in _chosen(list(known), wanted, every):
+                _fetch_member(address, commit, name, known[name], staging, headers, bar)
+                if name.endswith(".index.json"):
+                    for part in _parts_of(staging / name, known):
+                        _fetch_member(address, commit, part, known[part], staging, headers, bar)
+            staging.replace(target)
+        _note(key, {"revision": commit, "url": f"{_endpoint()}/{address.repository}"})
+    return target
+
+
+def _fetch_member(
+    address: HubAddress,
+    commit: str,
+    name: str,
+    known: Mapping[str, Any],
+    staging: Path,
+    headers: Mapping[str, str],
+    progress: Progress,
+) -> None:
+    if (staging / name).is_file():
+        return
+    url = f"{_endpoint()}/{address.repository}/resolve/{commit}/{quote(name)}"
+    download(url, staging / name, headers=headers, progress=progress, **known)
+
+
+def _listing(address: HubAddress) -> tuple[dict[str, Any], dict[str, str]]:
+    """The hub's description of a revision, and the headers that it took: a token only where it is refused without."""
+    url = f"{_endpoint()}/api/models/{address.repository}/revision/{quote(address.revision, safe='')}?blobs=true"
+    headers: dict[str, str] = {}
+    try:
+        value = read_address(url)
+    except DownloadError as error:
+        token = _token()
+        if error.status not in (401, 403, 404) or not token:
+            raise
+        headers = {"Authorization": f"Bearer {token}"}
+        value = read_address(url, headers=headers)
+    if not isinstance(value, dict):
+        raise DownloadError(f"the hub gives no usable answer for `{address.repository}`")
+    if value.get("gated") and not headers and (token := _token()):  # its list is open, its files are not
+        headers = {"Authorization": f"Bearer {token}"}
+    return value, headers
+
+
+def _sizes(listing: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """File name -> what is known of the file (arguments of ``download``); names that leave the folder are dropped."""
+    found: dict[str, dict[str, Any]] = {}
+    siblings = listing.get("siblings")
+    for item in siblings if isinstance(siblings, list) else []:
+        name = item.get("rfilename") if isinstance(item, dict) else None
+        if not isinstance(name, str) or not _is_inside(name):
+            continue
+        known: dict[str, Any] = {}
+        large = item.get("lfs") if isinstance(item.get("lfs"), dict) else {}
+        size = large.get("size", item.get("size"))
+        if isinstance(size, int) and size >= 0:
+            known["size"] = size
+        if isinstance(large.get("sha256"), str):
+            known["sha256"] = large["sha256"]
+        elif isinstance(item.get("blobId"), str) and not large:
+            known["git_sha1"] = item["blobId"]
+        found[name] = known
+    return found
+
+
+def _is_inside(name: str) -> bool:
+    parts = name.replace("\\", "/").split("/")
+    return all(p not in ("", ".", "..") and ":" not in p and "\0" not in p for p in parts) and "\\" not in name
+
+
+def _chosen(names: Sequence[str], wanted: Sequence[str], every: bool) -> list[str]:
+    """Which files to fetch: of several forms of the weights the first that is there, unless all are parts of one."""
+    weights: list[str] = []
+    besides = list(HUB_BESIDES)
+    for pattern in wanted or HUB_WEIGHTS:
+        matches = sorted(n for n in names if fnmatchcase(n, pattern))
+        heavy = [n for n in matches if n.endswith((*WEIGHT_SUFFIXES, ".index.json"))]
+        besides += [n for n in matches if n not in heavy]
+        if every or not weights:
+            weights += heavy
+    if not weights:
+        raise DownloadError("the repository holds no weights that chiasm reads")
+    others = [n for n in names if n not in weights and any(fnmatchcase(n, p) for p in besides)]
+    return [*sorted(others), *weights]
+
+
+def _parts_of(index: Path, known: Mapping[str, Any]) -> list[str]:
+    from chiasm.checkpoints.containers import read_json
+
+    listed = read_json(index).get("weight_map")
+    names = sorted({str(v) for v in listed.values()}) if isinstance(listed, dict) else []
+    missing = [n for n in names if n not in known or "/" in n]
+    if not names or missing:
+        raise DownloadError(f"`{index.name}` of the repository lists parts that it does not hold")
+    return names
+
+
+def _endpoint() -> str:
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
+def _token() -> str:
+    """The user's token for the hub, from where the hub's own client keeps it; sent to the hub alone."""
+    stated = os.environ.get("HF_TOKEN") or ""
+    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+    if not stated:
+        with contextlib.suppress(OSError, UnicodeError):
+            stated = Path(os.environ.get("HF_TOKEN_PATH") or home / "token").read_text(encoding="ascii")
+    stated = stated.strip()
+    return stated if re.fullmatch(r"[!-~]+", stated) else ""
+
+
+def _repository_folder(repository: str) -> Path:
+    return models_folder() / "hub" / repository.replace("/", "--")
+
+
+@contextlib.contextmanager
+def _lock(name: str) -> Iterator[None]:
+    """One process at a time fetches one thing; the others wait and then find it."""
+    folder = models_folder() / ".locks"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / f"{name.replace('/', '--')}.lock", timeout=LOCK_S)
+        lock.acquire()
+    except Timeout as error:
+        raise CheckpointError(f"another process has been fetching `{name}` for an hour", hint="end it") from error
+    except OSError as error:
+        raise CheckpointError(
+            f"the cache cannot be written: {error.strerror or type(error).__name__}",
+            hint="set CHIASM_HOME to a folder of yours",
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _record() -> dict[str, dict[str, Any]]:
+    try:
+        value = json.loads((models_folder() / RECORD).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise FileFormatError(
+            f"`{RECORD}` in the cache is damaged", hint=f"remove {models_folder() / RECORD}"
+        ) from error
+    return {k: v for k, v in value.items() if isinstance(v, dict)} if isinstance(value, dict) else {}
+
+
+def _note(key: str, values: Mapping[str, Any]) -> None:
+    """Record what was fetched first under a name; later downloads of it must be the same."""
+    with _lock(RECORD):
+        record = _record()
+        if key in record:
+            return
+        record[key] = {**values, "date": datetime.now(UTC).date().isoformat()}
+        path = models_folder() / RECORD
+        following = path.with_name(f"{RECORD}.next")
+        following.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        following.replace(path)

@@ -1,0 +1,269 @@
+"""Names to files: the cache, a stand-in for the hub on this machine, and what is said where there is no network."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import socket
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chiasm import fetch
+from chiasm.encoders.catalog import CATALOG, CatalogEntry, WeightSource
+from chiasm.errors import CheckpointError, FileFormatError, InputError, UnknownName
+from chiasm.fetch import HubAddress, cached, obtain, obtain_address, parse_address
+
+COMMIT, LATER = "a" * 40, "b" * 40
+
+
+def put_repository(
+    site: Any, repository: str, files: dict[str, bytes], *, commit: str = COMMIT, refs: tuple[str, ...] = ("main",)
+) -> None:
+    """Lay out a repository as the hub's interface shows it: large files with SHA-256, small ones with git's hash."""
+    siblings = []
+    for name, data in files.items():
+        item: dict[str, Any] = {"rfilename": name, "size": len(data)}
+        blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+        if name.endswith((".json", ".txt", ".md", "LICENSE")):
+            item["blobId"] = blob
+        else:
+            item |= {"blobId": "0" * 40, "lfs": {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}}
+        siblings.append(item)
+        site.files[f"/{repository}/resolve/{commit}/{name}"] = data
+    for ref in (*refs, commit):
+        site.put_json(f"/api/models/{repository}/revision/{ref}?blobs=true", {"sha": commit, "siblings": siblings})
+
+
+def entry(**changes: Any) -> CatalogEntry:
+    return replace(CATALOG.get("openai/ViT-B-32"), **{"name": "tiny", "aliases": (), **changes})
+
+
+def files_under(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_file_with_its_checksum(site: Any, tmp_path: Path) -> None:
+    site.files["/x/Tiny.pt"] = b"weights"
+    digest = hashlib.sha256(b"weights").hexdigest()
+    tiny = entry(name="org/tiny", weights=WeightSource("a test", url=f"{site.address}/x/Tiny.pt", sha256=digest))
+    path = obtain(tiny)
+    assert path == tmp_path / "home" / "models" / "org" / "tiny.pt"
+    assert obtain(tiny) == path == cached(tiny)
+    assert len(site.asked) == 1
+    wrong = replace(tiny, name="other", weights=replace(tiny.weights, sha256="0" * 64))
+    with pytest.raises(CheckpointError, match="checksum differs"):
+        obtain(wrong)
+    assert cached(wrong) is None or cached(wrong) != tmp_path / "home" / "models" / "other.pt"
+
+
+def test_a_file_without_a_known_checksum_must_stay_what_it_was_first(site: Any, tmp_path: Path) -> None:
+    site.files["/tiny.zip"] = b"first"
+    tiny = entry(weights=WeightSource("a test", url=f"{site.address}/tiny.zip"))
+    path = obtain(tiny)
+    record = json.loads((tmp_path / "home" / "models" / "fetched.json").read_text())
+    assert record["tiny.zip"]["sha256"] == hashlib.sha256(b"first").hexdigest()
+    path.unlink()
+    site.files["/tiny.zip"] = b"other"
+    with pytest.raises(CheckpointError, match="checksum differs"):
+        obtain(tiny)
+    site.files["/tiny.zip"] = b"first"
+    assert obtain(tiny).read_bytes() == b"first"
+
+
+def test_a_repository_is_fetched_once_and_its_revision_recorded(site: Any, tmp_path: Path) -> None:
+    files = {
+        "open_clip_config.json": b"{}", "open_clip_model.safetensors": b"w" * 100, "open_clip_pytorch_model.bin": b"w",
+        "README.md": b"hello", "LICENSE": b"free", "evil.py": b"import os", "sub/model.safetensors": b"x",
+        "../outside.json": b"x", "/etc/cron.json": b"x", "a\\..\\config.json": b"x", "onnx/model.onnx": b"x",
+    }  # fmt: skip
+    put_repository(site, "org/tiny", files)
+    folder = obtain_address(HubAddress("org/tiny"))
+    assert files_under(folder) == {"open_clip_config.json", "open_clip_model.safetensors", "README.md", "LICENSE"}
+    assert folder.name == COMMIT
+    count = len(site.asked)
+    put_repository(site, "org/tiny", {**files, "open_clip_config.json": b'{"a": 1}'}, commit=LATER)
+    assert obtain_address(HubAddress("org/tiny")) == folder  # the branch moved on; this machine did not
+    assert len(site.asked) == count
+    for path in sorted(folder.iterdir()):
+        path.unlink()
+    folder.rmdir()
+    assert obtain_address(HubAddress("org/tiny")).name == COMMIT  # as recorded, not as the branch now stands
+    assert obtain_address(HubAddress("org/tiny", "main")).name == LATER
+    assert obtain_address(HubAddress("org/tiny", LATER)).name == LATER
+    record = json.loads((tmp_path / "home" / "models" / "fetched.json").read_text())
+    assert record["hf-hub:org/tiny"]["revision"] == COMMIT
+    assert record["hf-hub:org/tiny@main"]["revision"] == LATER
+
+
+def test_a_cut_repository_goes_on(site: Any) -> None:
+    data = bytes(range(256)) * 2000
+    put_repository(site, "org/tiny", {"config.json": b"{}", "model.safetensors": data})
+    path = f"/org/tiny/resolve/{COMMIT}/model.safetensors"
+    site.cut_at[path] = [100_000, 0, 0, 0]
+    with pytest.raises(CheckpointError, match="broke off"):
+        obtain_address(HubAddress("org/tiny"))
+    assert fetch.cached_repository(HubAddress("org/tiny")) is None
+    site.cut_at.clear()
+    site.asked.clear()
+    folder = obtain_address(HubAddress("org/tiny"))
+    assert (folder / "model.safetensors").read_bytes() == data
+    assert [h.get("Range") for p, h in site.asked if p == path] == ["bytes=100000-"]
+    assert f"/org/tiny/resolve/{COMMIT}/config.json" not in site.paths
+
+
+def test_weights_in_parts(site: Any) -> None:
+    index = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}).encode()
+    files = {"model.safetensors.index.json": index, "model-1.safetensors": b"1", "model-2.safetensors": b"2"}
+    put_repository(site, "org/parts", {**files, "model-3.safetensors": b"3"})
+    assert files_under(obtain_address(HubAddress("org/parts"))) == set(files)
+    for shards in ({"a": "../x"}, {"a": "absent.safetensors"}, {}):
+        bad = {"model.safetensors.index.json": json.dumps({"weight_map": shards}).encode()}
+        put_repository(site, f"org/bad{len(str(shards))}", bad)
+        with pytest.raises(CheckpointError, match="parts that it does not hold"):
+            obtain_address(HubAddress(f"org/bad{len(str(shards))}"))
+
+
+def test_an_entry_says_which_files_it_wants(site: Any) -> None:
+    files = {"pytorch_model.bin": b"b", "model.safetensors": b"s", "meta.yaml": b"m", "vocab.txt": b"v", "x.bin": b"x"}
+    put_repository(site, "org/named", files, refs=("v1",))
+    source = WeightSource(
+        "a test", repository="org/named", revision="v1", files=("absent.bin", "pytorch_model.bin", "model.*", "*.yaml")
+    )
+    folder = obtain(entry(weights=source))
+    assert files_under(folder) == {"pytorch_model.bin", "meta.yaml", "vocab.txt"}
+    assert obtain(entry(weights=source)) == folder
+
+
+def test_a_token_goes_to_the_hub_only_where_it_is_needed(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_repository(site, "org/open", {"model.safetensors": b"w"})
+    put_repository(site, "org/gated", {"model.safetensors": b"w"})
+    site.tokens = {"/api/models/org/gated/": "hf_secret", "/org/gated/": "hf_secret"}
+    with pytest.raises(CheckpointError, match="answers 401") as caught:
+        obtain_address(HubAddress("org/gated"))
+    assert "accept the terms" in str(caught.value.hint)
+    assert "HF_TOKEN" in str(caught.value.hint)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    site.asked.clear()
+    obtain_address(HubAddress("org/open"))
+    assert not any("Authorization" in h for _, h in site.asked)
+    obtain_address(HubAddress("org/gated"))
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(CheckpointError) as caught:
+        obtain_address(HubAddress("org/gated", "main"))
+    assert "hf_wrong" not in str(caught.value)
+
+
+@pytest.mark.parametrize("answer", [[], {}, {"sha": "../x"}, {"sha": COMMIT}, {"sha": COMMIT, "siblings": [1, {}]}])
+def test_a_hub_that_answers_nonsense(site: Any, answer: Any) -> None:
+    site.put_json("/api/models/org/odd/revision/main?blobs=true", answer)
+    with pytest.raises(CheckpointError):
+        obtain_address(HubAddress("org/odd"))
+    with pytest.raises(CheckpointError, match="answers 404"):
+        obtain_address(HubAddress("org/absent"))
+
+
+@pytest.mark.parametrize("gate", ["open", "agreement", "request"])
+def test_offline_says_at_once_what_to_do(site: Any, monkeypatch: pytest.MonkeyPatch, gate: Any) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    source = WeightSource("a test", repository="org/tiny", files=("model.safetensors",))
+    tiny = entry(weights=source, licence="CC-BY-4.0", gate=gate)
+    started = time.monotonic()
+    with pytest.raises(CheckpointError, match="`tiny` are not on this machine") as caught:
+        obtain(tiny)
+    assert time.monotonic() - started < 3
+    assert "licence: CC-BY-4.0" in str(caught.value.hint)
+    assert "pretrained='/path/to/" in str(caught.value.hint)
+    assert ("chiasm bundle tiny" in str(caught.value.hint)) == (gate != "request")
+    with pytest.raises(CheckpointError, match="forbids downloads") as caught:
+        obtain_address(HubAddress("org/tiny"))
+    assert "chiasm bundle hf-hub:org/tiny DIR" in str(caught.value.hint)
+    assert not site.asked
+
+
+def test_what_is_handed_out_is_never_asked_for(site: Any) -> None:
+    source = WeightSource("a test", url=f"{site.address}/x.ckpt", ask="write to the authors for `x.ckpt`")
+    with pytest.raises(CheckpointError) as caught:
+        obtain(entry(weights=source, gate="request"))
+    assert "write to the authors" in str(caught.value.hint)
+    with pytest.raises(CheckpointError, match="not on this machine"):
+        obtain(entry(weights=None))
+    with pytest.raises(CheckpointError, match="not on this machine"):
+        obtain(entry(weights=WeightSource("a paper", ask="ask")))
+    assert not site.asked
+
+
+def test_every_absent_model_of_the_catalog_fails_fast_and_says_where_it_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Offline, and with a network that swallows everything: each within 3 s, all with a place and a next step."""
+    monkeypatch.setenv("CHIASM_HOME", str(tmp_path))
+    for name in CATALOG.names():
+        with pytest.raises(CheckpointError, match="not on this machine") as caught:
+            obtain(CATALOG.get(name))
+        assert "/path/to/" in str(caught.value.hint), name
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: time.sleep(60))
+    started = time.monotonic()
+    with pytest.raises(CheckpointError, match="cannot be reached"):
+        obtain(CATALOG.get("openai/ViT-B-32"))
+    assert time.monotonic() - started < 3
+
+
+def test_addresses() -> None:
+    assert parse_address("hf-hub:org/repo") == HubAddress("org/repo")
+    assert parse_address("hf-hub:org/repo@v1.0") == HubAddress("org/repo", "v1.0")
+    for wrong in (
+        "hf-hub:",
+        "hf-hub:repo",
+        "hf-hub:a/b/c",
+        "hf-hub:../x",
+        "hf-hub:a/..",
+        "hf-hub:a/b@../c",
+        "hf-hub:a/b@-x",
+    ):
+        with pytest.raises(InputError, match="no address of the hub"):
+            parse_address(wrong)
+    laion = parse_address("open_clip:ViT-B-32/laion2b_s34b_b79k")
+    assert laion == HubAddress("laion/CLIP-ViT-B-32-laion2B-s34B-b79K")
+    for name in ("ViT-B-32/metaclip_400m", "ViT-B-32-quickgelu/metaclip_400m"):
+        assert parse_address(f"open_clip:{name}").activation == "quick_gelu"
+    assert parse_address("open_clip:ViT-L-14-336/openai") == CATALOG.get("openai/ViT-L-14-336px")
+    with pytest.raises(UnknownName, match="did you mean") as caught:
+        parse_address("open_clip:ViT-B-32/laion2b_s34b_b79")
+    assert "hf-hub:" in str(caught.value.hint)
+    with pytest.raises(UnknownName):
+        parse_address("open_clip:ViT-B-32-quickgelu/laion2b_s34b_b79k")  # its weights need GELU
+
+
+def test_a_damaged_record_is_named(site: Any, tmp_path: Path) -> None:
+    (tmp_path / "home" / "models").mkdir(parents=True)
+    (tmp_path / "home" / "models" / "fetched.json").write_text("{")
+    with pytest.raises(FileFormatError, match=r"fetched\.json"):
+        obtain_address(HubAddress("org/tiny"))
+
+
+def _obtain_in_process(home: str, endpoint: str) -> None:
+    import os
+
+    os.environ |= {"CHIASM_HOME": home, "HF_ENDPOINT": endpoint}
+    os.environ.pop("HF_HUB_OFFLINE", None)
+    obtain_address(HubAddress("org/tiny"))
+
+
+def test_two_processes_fetch_once(site: Any, tmp_path: Path) -> None:
+    put_repository(site, "org/tiny", {"config.json": b"{}", "model.safetensors": bytes(3_000_000)})
+    context = multiprocessing.get_context("fork")
+    processes = [
+        context.Process(target=_obtain_in_process, args=(str(tmp_path / "home"), site.address)) for _ in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(30)
+        assert process.exitcode == 0
+    assert site.paths.count(f"/org/tiny/resolve/{COMMIT}/model.safetensors") == 1
