@@ -9,7 +9,6 @@ Names and order of :func:`create_model_and_transforms`, :func:`get_tokenizer` an
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -17,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,10 +25,12 @@ from torch import Tensor
 from chiasm.checkpoints import huggingface, native, open_clip, openai
 from chiasm.checkpoints.containers import read_state_dict
 from chiasm.checkpoints.layouts import LAYOUTS, read_parts
+from chiasm.encoders.activation import activations_of, with_activation
 from chiasm.encoders.base import Encoder, EncoderConfig
 from chiasm.encoders.build import build_encoder_model
 from chiasm.encoders.catalog import ARCHITECTURES, CATALOG, CatalogEntry
 from chiasm.encoders.dual import DualEncoder
+from chiasm.encoders.fill import filled_model
 from chiasm.errors import CheckpointError, ConfigError, InputError, UnknownName
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def load(
     allow_code: bool = False,
     pretrained: str | Path | None = None,
     family: str | None = None,
+    activation: str | None = None,
 ) -> Encoder:
     """Load an encoder with its preprocessing, tokenizer and scale.
 
@@ -74,6 +76,9 @@ def load(
         family: With a file or folder: whose weights they are, which names and shapes cannot tell. A name of the
             catalog (``chexzero``), or for any CLIP in OpenAI's key layout ``openai`` (QuickGELU) or ``open_clip``
             (GELU).
+        activation: ``quick_gelu``, ``gelu`` or ``gelu_tanh``: what the native towers were trained with, in place of
+            what the file or folder states. For fine-tunes of OpenAI's weights whose configuration forgot
+            ``quick_gelu``; the log and ``chiasm doctor --model`` tell which activation is used.
 
     Returns:
         The encoder, in eval mode, in float32.
@@ -82,14 +87,27 @@ def load(
         UnknownName: No model of that name, or no such family.
         InputError: This machine has no such device.
         CheckpointError: Weights absent, foreign, damaged, or not those of the model; nothing in a file is run.
-        ConfigError: A tower is code and ``allow_code`` is false.
+        ConfigError: A tower is code and ``allow_code`` is false, or an unknown ``activation``.
     """
+    if activation is not None and family is None:
+        family = _family_of(name_or_path, activation)
     if family is not None and family not in openai.FAMILIES and CATALOG.find(family) is None:
         known = [*openai.FAMILIES, *CATALOG.names()]
         raise UnknownName("family", family, known, hint="`openai`, `open_clip`, or a name that `chiasm models` lists")
     place = _device(device)
     source = _find(name_or_path, pretrained, family)
-    return Encoder(_filled(source, allow_code).to(place), source.config, name=source.name)
+    if activation is not None:
+        source = replace(source, config=with_activation(source.config, activation))
+    _log.info("`%s`: %s", source.name, activations_of(source.config))
+    model = filled_model(source.config, source.tensors, allow_code=allow_code)
+    return Encoder(model.to(place), source.config, name=source.name)
+
+
+def _family_of(name_or_path: str | Path, activation: str) -> str | None:
+    """The family that stands for a bare state dict's activation; it is overridden, so any will do."""
+    path = _home(str(name_or_path))
+    described = (path.parent / open_clip.CONFIG_FILE).is_file()
+    return "openai" if path.is_file() and not described and activation in ("quick_gelu", "gelu") else None
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -186,11 +204,38 @@ def _read_entry(path: Path, entry: CatalogEntry, family: str | None) -> _Source:
     whole = path.is_dir() and native.is_model_dir(path)
     if whole or entry.layout == openai.LAYOUT.name:
         return _checked(_read(path, family, expected=entry.config), entry.name, entry.config)
+    if entry.layout == "open_clip" and (path / open_clip.CONFIG_FILE).is_file():
+        return _described(_read(path, None), entry)
     layout = LAYOUTS[entry.layout]
     found = read_parts(path, layout)
     config = entry.config if layout.infer is None else _config(layout.infer(found, entry.config.to_dict()))
     tensors = layout.convert(found, config.to_dict())
     return _Source(entry.name, replace(config, tokenizer=_tokenizer_of(path, entry)), tensors)
+
+
+def _described(source: _Source, entry: CatalogEntry) -> _Source:
+    """A folder of open_clip said to be a model of the catalog: its sizes must be the model's, the rest is as it states.
+
+    A configuration that forgot ``quick_gelu`` is obeyed too, but not silently.
+    """
+    found, wanted = source.config, entry.config
+    for what in ("kind", "width", "layers", "patch_size", "image_size"):
+        if getattr(found.image, what) != getattr(wanted.image, what):
+            raise CheckpointError(
+                f"the weights are not those of `{entry.name}`: `image.{what}` is {getattr(found.image, what)}, not "
+                f"{getattr(wanted.image, what)}",
+                hint="load them by their path alone",
+            )
+    if found.text.kind != wanted.text.kind or found.projection.dim != wanted.projection.dim:
+        raise CheckpointError(f"the weights are not those of `{entry.name}`: their text side is another one")
+    if found.text.is_native and found.text.activation != wanted.text.activation:
+        _log.warning(
+            "`%s` was trained with %s, its folder states %s and is obeyed; `activation=` changes that",
+            entry.name,
+            wanted.text.activation,
+            found.text.activation,
+        )
+    return replace(source, name=entry.name)
 
 
 def _tokenizer_of(path: Path, entry: CatalogEntry) -> Mapping[str, Any]:
@@ -207,6 +252,9 @@ def _read(path: Path, family: str | None, expected: EncoderConfig | None = None)
     """Read a folder or a file; ``expected`` states the activation of a bare state dict."""
     if path.is_file() and path.name == native.WEIGHTS_FILE and native.is_model_dir(path.parent):
         path = path.parent  # the file inside chiasm's own folder, whose description lies beside it
+    if path.is_file() and (path.parent / open_clip.CONFIG_FILE).is_file() and family in (None, "open_clip"):
+        tensors, config = open_clip.read_model_dir(path.parent, path)
+        return _Source(path.stem, _config(config), tensors)
     if path.is_file():
         return _read_file(path, family, expected)
     name = path.resolve().name
@@ -261,77 +309,6 @@ def _config(values: Mapping[str, Any]) -> EncoderConfig:
         return EncoderConfig.from_dict(values)
     except ConfigError as error:
         raise CheckpointError(f"the model states an impossible configuration: {error.message}") from error
-
-
-def _filled(source: _Source, allow_code: bool) -> DualEncoder:
-    """Build the model and give it the tensors, strictly, leaving nothing on the meta device.
-
-    A foreign tower is built on the CPU, since it may keep buffers that no file holds; its draws leave torch's global
-    generator as it was.
-    """
-    _check_declaration(source)
-    device: Literal["cpu", "meta"] = "meta" if source.config.is_native else "cpu"
-    try:
-        model = build_encoder_model(source.config, seed=0, allow_code=allow_code, device=device, draw=False)
-    except RuntimeError as error:  # torch's own, of sizes that cannot be
-        raise CheckpointError("the model states a configuration that cannot be built") from error
-    expected = model.state_dict()
-    _check_names(expected, source.tensors)
-    tensors = {k: v.float() if v.is_floating_point() else v for k, v in source.tensors.items()}
-    with torch.no_grad():
-        model.load_state_dict(tensors, strict=True, assign=True)
-    for module in model.modules():
-        tie = getattr(module, "tie_weights", None)  # T5's embedding has two names
-        if callable(tie):
-            tie()
-    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
-    if left:
-        raise CheckpointError(f"`{left[0]}` has no weights after loading")
-    return model
-
-
-def _check_declaration(source: _Source) -> None:
-    """Refuse a configuration that would fetch a tower, or that is far larger than the weights beside it."""
-    count = len(source.tensors)
-    elements = sum(t.numel() for t in source.tensors.values())
-    layers: list[object] = [source.config.text.layers, source.config.image.layers]
-    for tower in (source.config.image, source.config.text):
-        if tower.kind != "huggingface":
-            continue
-        stated = tower.options.get("config")
-        try:
-            values = json.loads(stated) if isinstance(stated, str) else stated
-        except ValueError:
-            values = None
-        if not isinstance(values, Mapping):
-            raise CheckpointError("the model names a tower of transformers without stating its configuration")
-        layers.extend(v for k, v in values.items() if "layers" in k or k == "depths")
-        sizes = [v for k, v in values.items() if isinstance(v, int) and not k.endswith("_id")]
-        if max(sizes, default=0) > max(elements, 10_000):
-            raise CheckpointError(f"the model states sizes beyond the {elements:,} numbers in its weights")
-    depths = [n for item in layers for n in (item if isinstance(item, (list, tuple)) else [item])]
-    deepest = max((n for n in depths if isinstance(n, int)), default=0)
-    if deepest > max(count, 100):
-        raise CheckpointError(f"the model states {deepest} layers, its weights are {count} tensors")
-
-
-def _check_names(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    missing = sorted(set(expected) - set(found))
-    extra = sorted(set(found) - set(expected))
-    shapes = [
-        f"`{k}` is {tuple(found[k].shape)}, not {tuple(expected[k].shape)}"
-        for k in expected
-        if k in found and found[k].shape != expected[k].shape
-    ]
-    problems = []
-    for what, names in (("lack", missing), ("have besides", extra)):
-        if names:
-            shown = ", ".join(f"`{n}`" for n in names[:3]) + (" …" if len(names) > 3 else "")
-            problems.append(f"{what} {len(names)}: {shown}")
-    if shapes:
-        problems.append(f"have other shapes: {'; '.join(shapes[:3])}")
-    if problems:
-        raise CheckpointError(f"the weights do not fit the model: they {', '.join(problems)}")
 
 
 def _models_folder() -> Path:

@@ -57,10 +57,16 @@ def test_quick_gelu_head_width_and_bin_file(tmp_path: Path, openai_vit: Make) ->
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (MODEL | {"vision_cfg": {"timm_model_name": "vit_base_patch16_224"}}, "not a native CLIP"),
-        (MODEL | {"text_cfg": {"hf_model_name": "bert"}}, "not a native CLIP"),
-        (MODEL | {"vision_cfg": VISION | {"ls_init_value": 1e-5}}, "not a native CLIP"),
-        (MODEL | {"vision_cfg": VISION | {"image_size": 48}}, "`vision_cfg.image_size` is 48"),
+        (MODEL | {"vision_cfg": {"timm_model_name": "vit_base_patch16_224"}}, "lack `visual.trunk.patch_embed"),
+        (MODEL | {"vision_cfg": {"timm_model_name": "convnext_base"}}, "`convnext_base` of timm is not one"),
+        (MODEL | {"text_cfg": {"hf_model_name": "bert"}}, "states no configuration"),
+        (MODEL | {"vision_cfg": VISION | {"qk_norm": True}}, "`vision_cfg.qk_norm`"),
+        (MODEL | {"vision_cfg": VISION | {"attentional_pool": "parallel"}}, "not the pooling of CoCa"),
+        (MODEL | {"vision_cfg": VISION | {"pool_type": "none"}}, "pooling"),
+        (MODEL | {"vision_cfg": VISION | {"norm_kwargs": {"affine": False}}}, "norm_kwargs"),
+        (MODEL | {"text_cfg": TEXT | {"act_kwargs": {"inplace": True}}}, "act_kwargs"),
+        (MODEL | {"text_cfg": TEXT | {"tokenizer_kwargs": {"strip_sep_token": True}}}, "strip_sep_token"),
+        (MODEL | {"surprise": 1}, "`model_cfg.surprise`"),
         (MODEL | {"vision_cfg": VISION | {"head_width": 0}}, "head_width"),
         ({"embed_dim": 16}, "lacks `vision_cfg`"),
         (None, "lacks `model_cfg`"),
@@ -72,8 +78,16 @@ def test_what_is_refused(tmp_path: Path, openai_vit: Make, model: object, messag
 
 
 def test_foreign_weights(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="not those of a native CLIP"):
+    with pytest.raises(CheckpointError, match="not those of a CLIP of open_clip"):
         read_model_dir(write(tmp_path, {"visual.trunk.cls_token": torch.zeros(2)}))
+
+
+def test_positions_are_resized_to_the_stated_image_and_context(tmp_path: Path, openai_vit: Make) -> None:
+    changed = MODEL | {"vision_cfg": VISION | {"image_size": 40}, "text_cfg": TEXT | {"context_length": 40}}
+    tensors, values = read_model_dir(write(tmp_path, openai_vit(), changed))
+    assert values["image"]["image_size"] == 40
+    assert tensors["visual.positional_embedding"].shape == (26, 64)
+    assert tensors["positional_embedding"].shape == (40, 128)
 
 
 @pytest.mark.parametrize(

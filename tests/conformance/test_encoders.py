@@ -20,6 +20,7 @@ from chiasm.types import Preprocess
 
 #: Towers of ``encoders.named`` at reduced depth and width: (side of the image, options).
 SMALL_IMAGE_TOWERS: dict[str, tuple[int, dict[str, Any]]] = {
+    "biovil": (64, {"width": 8, "layers": [1, 1, 1, 1], "output_dim": 128, "temporal_dim": 16, "temporal_heads": 4}),
     "classic_resnet": (64, {"width": 8, "layers": [1, 1, 1, 1]}),
     "conch": (32, {"width": 32, "layers": 2, "heads": 4, "patch_size": 8, "output_dim": 16, "pool_heads": 4}),
 }
@@ -31,8 +32,10 @@ SMALL_BERT: dict[str, Any] = {
     "vocab_size": 300,
     "positions": 100,
 }
-SMALL_TEXT_TOWERS: dict[str, dict[str, Any]] = {"medclip": SMALL_BERT}
-
+SMALL_TEXT_TOWERS: dict[str, dict[str, Any]] = {
+    "cxr_bert": {**SMALL_BERT, "positions": 512},
+    "medclip": SMALL_BERT,
+}
 
 #: Models of transformers at reduced size, by their ``model_type``.
 SMALL_MODELS: dict[str, dict[str, Any]] = {
@@ -77,6 +80,9 @@ def reduced(config: EncoderConfig) -> EncoderConfig:
         image = replace(image, width=8, layers=(1,) * len(image.layers), heads=4, image_size=size)  # type: ignore[arg-type]
     if text.kind == "named":
         text = replace(text, options={**text.options, **SMALL_TEXT_TOWERS[text.source or ""]})
+    elif text.kind == "huggingface":
+        stated = text.options["config"]
+        text = replace(text, options={**text.options, "config": {**stated, **SMALL, "vocab_size": 300}})
     else:
         text = replace(text, width=text.width // 8, layers=2, heads=4)
     if config.sides == "image" and image.kind == "vit":  # a backbone: its width is the dimension

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from chiasm.checkpoints import conch, huggingface_vit, medclip, open_clip_names, openai, own_backbone, resnet, timm
+from chiasm.checkpoints import biovil, conch, huggingface_vit, medclip, open_clip_names, openai, own_backbone, resnet, timm
 from chiasm.checkpoints.containers import read_state_dict
 from chiasm.checkpoints.layout import Layout
 from chiasm.errors import CheckpointError
@@ -21,6 +21,8 @@ _ALL = (
     openai.LAYOUT,
     timm.LAYOUT,
     timm.DINO_LAYOUT,
+    biovil.LAYOUT,
+    biovil.TEXT_LAYOUT,
     conch.LAYOUT,
     huggingface_vit.LAYOUT,
     resnet.LAYOUT,

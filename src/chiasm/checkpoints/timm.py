@@ -1,6 +1,7 @@
 """timm's names of a ViT, which DINO and DINOv2 share: UNI, kaiko's models, BiomedCLIP's trunk and more.
 
 In: ``cls_token``, ``pos_embed``, ``patch_embed.proj``, ``blocks.N.*``, ``norm`` (``reg_token`` or ``register_tokens``).
+SigLIP's have no ``cls_token`` and an ``attn_pool``.
 Out: the names of :class:`chiasm.encoders.vit.VisionTransformer`. Positions are resized to the declared input as timm or
 as DINO's own code does it, see :func:`resize_positions`: two layouts, because keys do not tell.
 
@@ -34,7 +35,12 @@ RULES = (
     (BLOCK + r"mlp\.w12\.", r"transformer.resblocks.\1.mlp.c_fc."),  # DINOv2's packed SwiGLU
     (BLOCK + r"mlp\.w3\.", r"transformer.resblocks.\1.mlp.c_proj."),
     (BLOCK + r"ls([12])\.gamma$", r"transformer.resblocks.\1.ls_\2.gamma"),
+    (r"norm_pre\.", "ln_pre."),
     (r"norm\.", "ln_post."),
+    (r"attn_pool\.proj\.", "map_pool.attn.out_proj."),
+    (r"attn_pool\.norm\.", "map_pool.ln."),
+    (r"attn_pool\.mlp\.fc1\.", "map_pool.mlp.c_fc."),
+    (r"attn_pool\.mlp\.fc2\.", "map_pool.mlp.c_proj."),
 )
 #: Entries that files carry and models lack, each with the reason for which it may be dropped.
 DROPPED: Mapping[str, str] = {
@@ -44,6 +50,11 @@ DROPPED: Mapping[str, str] = {
     "dino_head.": "DINOv2's projection head",
     "ibot_head.": "DINOv2's projection head",
 }
+#: Entries that are not merely renamed.
+_JOINED = frozenset(
+    {"cls_token", "pos_embed", "attn_pool.latent"}
+    | {f"attn_pool.{part}.{kind}" for part in ("q", "kv") for kind in ("weight", "bias")}
+)
 PREFIXES = ("module.", "backbone.", "trunk.")
 #: What DINO and DINOv2 (without registers) add to the number of patches before they divide by the old one.
 DINO_OFFSET = 0.1
@@ -82,23 +93,76 @@ def to_native(
     """
     grid = int(image["image_size"]) // int(image["patch_size"])
     result: dict[str, Tensor] = {}
-    class_token = tensors["cls_token"].reshape(-1)
+    class_token = tensors["cls_token"].reshape(-1) if "cls_token" in tensors else None
     positions = tensors["pos_embed"]
-    if positions.ndim != 3 or len(positions) != 1 or positions.shape[2] != len(class_token):
+    wrong_width = class_token is not None and positions.shape[-1] != len(class_token)
+    if positions.ndim != 3 or len(positions) != 1 or wrong_width:
         raise CheckpointError(f"`pos_embed` has the shape {tuple(positions.shape)}; expected (1, positions, width)")
     positions = positions[0]
     side = math.isqrt(len(positions))
     if side**2 == len(positions):  # positions of patches alone: the class token has none
         positions = torch.cat([torch.zeros_like(positions[:1]), positions])
-    result["positional_embedding"] = resize_positions(positions, grid, antialias=antialias, offset=offset)
-    result["class_embedding"] = class_token
+    positions = resize_positions(positions, grid, antialias=antialias, offset=offset)
+    result["positional_embedding"] = positions if class_token is not None else positions[1:]
+    if class_token is not None:
+        result["class_embedding"] = class_token
+    if "attn_pool.latent" in tensors:
+        result["map_pool.query"] = tensors["attn_pool.latent"].reshape(-1, tensors["attn_pool.latent"].shape[-1])
+        for kind in ("weight", "bias"):
+            parts = [
+                tensors[f"attn_pool.{part}.{kind}"] for part in ("q", "kv") if f"attn_pool.{part}.{kind}" in tensors
+            ]
+            if len(parts) == 2:
+                result[f"map_pool.attn.in_proj_{kind}"] = torch.cat(parts)
     for name, tensor in tensors.items():
-        if name in ("cls_token", "pos_embed") or any(name == d or name.startswith(d) for d in DROPPED):
+        if name in _JOINED or any(name == d or name.startswith(d) for d in DROPPED):
             continue
         if name in ("reg_token", "register_tokens"):
             result["registers"] = tensor.reshape(-1, tensor.shape[-1])
             continue
         result[renamed(name, RULES)] = tensor
+    return result
+
+
+#: The rules of :data:`RULES` backwards.
+_BACK = (
+    (r"conv1\.", "patch_embed.proj."),
+    (r"transformer\.resblocks\.(\d+)\.ln_([12])\.", r"blocks.\1.norm\2."),
+    (r"transformer\.resblocks\.(\d+)\.attn\.in_proj_", r"blocks.\1.attn.qkv."),
+    (r"transformer\.resblocks\.(\d+)\.attn\.out_proj\.", r"blocks.\1.attn.proj."),
+    (r"transformer\.resblocks\.(\d+)\.mlp\.c_fc\.", r"blocks.\1.mlp.fc1."),
+    (r"transformer\.resblocks\.(\d+)\.mlp\.c_proj\.", r"blocks.\1.mlp.fc2."),
+    (r"transformer\.resblocks\.(\d+)\.ls_([12])\.gamma$", r"blocks.\1.ls\2.gamma"),
+    (r"ln_pre\.", "norm_pre."),
+    (r"ln_post\.", "norm."),
+    (r"map_pool\.attn\.out_proj\.", "attn_pool.proj."),
+    (r"map_pool\.ln\.", "attn_pool.norm."),
+    (r"map_pool\.mlp\.c_fc\.", "attn_pool.mlp.fc1."),
+    (r"map_pool\.mlp\.c_proj\.", "attn_pool.mlp.fc2."),
+)
+
+
+def from_native(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a ViT's tensors, named as chiasm's without ``visual.``, under timm's names; undoes :func:`to_native`.
+
+    Raises:
+        CheckpointError: A tensor that timm's ViT has no place for.
+    """
+    result: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name in ("class_embedding", "map_pool.query"):
+            result["cls_token" if name == "class_embedding" else "attn_pool.latent"] = tensor.reshape(1, 1, -1)
+        elif name in ("positional_embedding", "registers"):
+            result["pos_embed" if name == "positional_embedding" else "reg_token"] = tensor[None]
+        elif name.startswith("map_pool.attn.in_proj_"):
+            kind, rows = name.removeprefix("map_pool.attn.in_proj_"), len(tensor) // 3
+            result[f"attn_pool.q.{kind}"] = tensor[:rows].contiguous()
+            result[f"attn_pool.kv.{kind}"] = tensor[rows:].contiguous()
+        else:
+            back = renamed(name, _BACK)
+            if back == name:
+                raise CheckpointError(f"timm's ViT has no place for `{name}`")
+            result[back] = tensor
     return result
 
 

@@ -38,11 +38,16 @@ _REMEMBERED_WORDS = 200_000
 
 def clean_text(text: str) -> str:
     """Return the text as CLIP sees it: mended encoding, no HTML entities, single spaces, lower case."""
+    return tidy_text(text).lower()
+
+
+def tidy_text(text: str) -> str:
+    """Return a text with mended encoding, without HTML entities and with single spaces; its case stays."""
     if SIMPLE_TEXT.fullmatch(text) is None:
         import ftfy  # 0.1 s to import, and most texts never need it
 
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split()).lower()
+    return " ".join(text.split())
 
 
 def prepare_text(text: str) -> str:

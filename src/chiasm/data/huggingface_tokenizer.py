@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import string
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from chiasm.data.byte_pairs import clean_text, tidy_text
 from chiasm.data.tokens import MIN_CONTEXT, Tokens, WordSpan, checked_context, checked_texts, to_tokens, warn_if_cut
-from chiasm.errors import FileFormatError, InputError
+from chiasm.data.wordpiece import is_bert_folder, read_bert_folder
+from chiasm.errors import ConfigError, FileFormatError, InputError
 from chiasm.io.package_files import find_package_file, is_package_source
 
 if TYPE_CHECKING:
     import torch
+
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def canonical_text(text: str) -> str:
+    """Return the text as SigLIP sees it: tidy, without ASCII punctuation (``_`` is a space), in lower case."""
+    return " ".join(tidy_text(text).replace("_", " ").translate(_NO_PUNCTUATION).lower().split())
+
+
+#: What is done to texts before a tokenizer of this kind: three by open_clip, in its names; ``end_marks`` by BioViL.
+CLEANINGS: Mapping[str, Callable[[str], str]] = {
+    "whitespace": tidy_text,
+    "lower": clean_text,
+    "canonicalize": canonical_text,
+    "end_marks": lambda text: text.rstrip("!?."),
+}
 
 
 class HuggingFaceTokenizer:
@@ -27,16 +46,36 @@ class HuggingFaceTokenizer:
             ``transformers``.
         context_length: Ids of a row, special tokens included; default: what the source states.
         pad_token: The token that fills rows up; default: what the source states, else ``[PAD]`` or ``<pad>``.
+        clean: What is done to a text first, see :data:`CLEANINGS`; None: nothing. open_clip's default for these
+            tokenizers is ``whitespace``, SigLIP's is ``canonicalize``.
+
+        too_long: ``refuse`` raises ``InputError`` at a text beyond the context, as BioViL's code does; None: it is cut.
 
     Raises:
+        ConfigError: An unknown cleaning, or another ``too_long``.
         InputError: The source is absent, or states no context or no padding and none was given.
         FileFormatError: The source is damaged.
     """
 
     kind = "huggingface"
 
-    def __init__(self, source: Any, context_length: int | None = None, *, pad_token: str | None = None) -> None:
+    def __init__(
+        self,
+        source: Any,
+        context_length: int | None = None,
+        *,
+        pad_token: str | None = None,
+        clean: str | None = None,
+        too_long: str | None = None,
+    ) -> None:
         from tokenizers import Tokenizer as Engine
+
+        if clean is not None and clean not in CLEANINGS:
+            raise ConfigError(f"`tokenizer.clean` is `{clean}`", hint=f"one of: {', '.join(CLEANINGS)}")
+        if too_long not in (None, "refuse"):
+            raise ConfigError(f"`tokenizer.too_long` is `{too_long}`", hint="`refuse`, or nothing to cut texts")
+        self.clean = clean
+        self.too_long = too_long
 
         content, stated_context, stated_pad = _read_huggingface(source)
         truncation = content.pop("truncation", None) or {}
@@ -51,7 +90,7 @@ class HuggingFaceTokenizer:
         if context is None:
             raise InputError("the tokenizer states no context length", hint="pass `context_length`")
         self.context_length = checked_context(int(context))
-        names = (pad_token,) if pad_token else (padding.get("pad_token"), stated_pad, "[PAD]", "<pad>")
+        names = (pad_token,) if pad_token else (stated_pad, padding.get("pad_token"), "[PAD]", "<pad>")
         found = [i for i in (engine.token_to_id(n) for n in names if n) if i is not None]
         if not found:
             what = f"has no token `{pad_token}`" if pad_token else "states no padding token"
@@ -78,6 +117,10 @@ class HuggingFaceTokenizer:
             row[: len(encoding.ids)] = encoding.ids
         lengths = np.array([len(e.ids) for e in encodings], dtype=np.int64)
         cut = tuple(i for i, e in enumerate(encodings) if e.overflowing)
+        if cut and self.too_long == "refuse":
+            raise InputError(
+                f"text {cut[0]} is longer than {context} tokens, which this model refuses", hint="shorten the text"
+            )
         return to_tokens(matrix, lengths, context)._replace(truncated=cut)
 
     def encode_ids(self, texts: str | Sequence[str]) -> list[list[int]]:
@@ -89,7 +132,11 @@ class HuggingFaceTokenizer:
             engine = type(self._engines[None]).from_str(self._engines[None].to_str())
             engine.enable_truncation(context)
             self._engines[context] = engine
-        return list(self._engines[context].encode_batch([_without_surrogates(t) for t in checked_texts(texts)]))
+        return list(self._engines[context].encode_batch([self._prepared(t) for t in checked_texts(texts)]))
+
+    def _prepared(self, text: str) -> str:
+        text = _without_surrogates(text)
+        return text if self.clean is None else CLEANINGS[self.clean](text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of one row of ids; special tokens are left out."""
@@ -101,7 +148,7 @@ class HuggingFaceTokenizer:
 
     def words(self, text: str) -> list[WordSpan]:
         """Return the words of a text with the positions of their ids; words beyond the context are absent."""
-        text = _without_surrogates(text)
+        text = self._prepared(checked_texts(text)[0])
         (encoding,) = self._encode(text, self.context_length)
         spans: dict[int, tuple[int, int, int, int]] = {}  # word number -> characters and positions
         for position, (word, (start, stop)) in enumerate(zip(encoding.word_ids, encoding.offsets, strict=True)):
@@ -125,7 +172,9 @@ class HuggingFaceTokenizer:
 
     def _settings(self) -> dict[str, Any]:
         pad = self._engines[None].id_to_token(self.pad_id)
-        return {"kind": self.kind, "context_length": self.context_length, "pad_token": pad}
+        settings = {"kind": self.kind, "context_length": self.context_length, "pad_token": pad}
+        stated = {"clean": self.clean, "too_long": self.too_long}
+        return settings | {name: value for name, value in stated.items() if value is not None}
 
     def __repr__(self) -> str:
         return f"HuggingFaceTokenizer(context_length={self.context_length}, vocab_size={self.vocab_size})"
@@ -145,7 +194,9 @@ def _read_huggingface(source: Any) -> tuple[dict[str, Any], int | None, str | No
                 raise FileFormatError(f"`{file.name}` is not readable JSON: {type(error).__name__}") from error
             if not isinstance(content, dict):
                 raise FileFormatError(f"`{file.name}` is not a tokenizer: expected a JSON object")
-            return content, _stated_context(file.with_name("tokenizer_config.json")), None
+            return content, *_stated_beside(file.with_name("tokenizer_config.json"))
+        if is_bert_folder(path):
+            return read_bert_folder(path), *_stated_beside(path / "tokenizer_config.json")
         from transformers import AutoTokenizer
 
         try:
@@ -163,11 +214,18 @@ def _read_huggingface(source: Any) -> tuple[dict[str, Any], int | None, str | No
     return json.loads(engine.to_str()), _sane_context(stated), pad
 
 
-def _stated_context(config: Path) -> int | None:
+def _stated_beside(config: Path) -> tuple[int | None, str | None]:
+    """Context and padding token in ``tokenizer_config.json``: transformers obeys these, not ``tokenizer.json``.
+
+    SigLIP pads with ``</s>`` although its vocabulary has ``<pad>``, and its text tower sees the padding.
+    """
     try:
-        return _sane_context(json.loads(config.read_text(encoding="utf-8")).get("model_max_length"))
+        stated = json.loads(config.read_text(encoding="utf-8"))
+        pad = stated.get("pad_token")
+        pad = pad.get("content") if isinstance(pad, dict) else pad
+        return _sane_context(stated.get("model_max_length")), pad if isinstance(pad, str) else None
     except (OSError, ValueError, AttributeError):
-        return None
+        return None, None
 
 
 def _sane_context(value: object) -> int | None:

@@ -97,7 +97,7 @@ def make_tokenizer(spec: Mapping[str, Any], *, directory: str | Path | None = No
     Args:
         spec: ``{"kind": "clip", "context_length": 77, "keep": [ids]}`` (all but ``kind`` optional), or
             ``{"kind": "huggingface", "source": folder, file or cached name, "context_length": n}`` with an
-            optional ``pad_token``.
+            optional ``pad_token``, ``clean`` and ``too_long``.
         directory: Where a relative ``source`` that exists there is looked up first, a model's folder say.
 
     Raises:
@@ -108,7 +108,7 @@ def make_tokenizer(spec: Mapping[str, Any], *, directory: str | Path | None = No
     kind = str(options.pop("kind", ""))
     fields = {
         "clip": ("context_length", "keep"),
-        "huggingface": ("source", "tokenizer", "context_length", "pad_token"),
+        "huggingface": ("source", "tokenizer", "context_length", "pad_token", "clean", "too_long"),
     }
     if kind not in fields:
         raise UnknownName("tokenizer kind", kind, fields, hint=f"one of: {', '.join(fields)}")
@@ -125,7 +125,8 @@ def make_tokenizer(spec: Mapping[str, Any], *, directory: str | Path | None = No
     source = options.get("source", options.get("tokenizer"))
     if directory is not None and isinstance(source, str) and (Path(directory) / source).exists():
         source = Path(directory) / source
-    return HuggingFaceTokenizer(source, context, pad_token=options.get("pad_token"))
+    stated = {name: options.get(name) for name in ("pad_token", "clean", "too_long")}
+    return HuggingFaceTokenizer(source, context, **stated)
 
 
 class ClipTokenizer:
