@@ -12,7 +12,19 @@ from pathlib import Path
 
 from torch import Tensor
 
-from chiasm.checkpoints import biovil, conch, huggingface_vit, medclip, open_clip_names, openai, own_backbone, resnet, timm
+from chiasm.checkpoints import (
+    biovil,
+    conch,
+    convnext,
+    huggingface_vit,
+    medclip,
+    open_clip_names,
+    openai,
+    own_backbone,
+    resnet,
+    swin,
+    timm,
+)
 from chiasm.checkpoints.containers import read_state_dict
 from chiasm.checkpoints.layout import Layout
 from chiasm.errors import CheckpointError
@@ -30,6 +42,8 @@ _ALL = (
     open_clip_names.LAYOUT,
     own_backbone.VIT_LAYOUT,
     own_backbone.RESNET_LAYOUT,
+    swin.LAYOUT,
+    convnext.LAYOUT,
 )
 LAYOUTS: Mapping[str, Layout] = {layout.name: layout for layout in _ALL}
 

@@ -14,9 +14,11 @@ from chiasm.encoders.facts import join_facts
 from chiasm.encoders.models import (
     bioclip,
     biomedclip,
+    biovil,
     conch,
     dino,
     histology,
+    imagenet,
     kaiko,
     medclip,
     openai,
@@ -30,7 +32,7 @@ from chiasm.registry import Registry
 
 __all__ = ["ARCHITECTURES", "CATALOG", "Catalog", "CatalogEntry", "Figure", "WeightSource", "with_gelu"]
 
-FAMILIES = (openai, conch, uni, kaiko, dino, histology, medclip, biomedclip, bioclip, plip, quiltnet)
+FAMILIES = (openai, biovil, conch, uni, kaiko, dino, histology, medclip, biomedclip, bioclip, plip, quiltnet, imagenet)
 
 
 class Catalog(Registry[CatalogEntry]):
