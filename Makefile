@@ -45,6 +45,7 @@ test-peers: peers
 golden: peers
 	.venv-peers/bin/python tests/golden/make_tokens.py
 	.venv/bin/python tests/golden/make_conch.py
+	.venv/bin/python tests/golden/make_medclip.py
 
 bench: setup
 	$(BIN)/python benchmarks/loss.py
