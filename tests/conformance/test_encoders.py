@@ -40,6 +40,7 @@ SMALL_TEXT_TOWERS: dict[str, dict[str, Any]] = {
 #: Models of transformers at reduced size, by their ``model_type``.
 SMALL_MODELS: dict[str, dict[str, Any]] = {
     "swin": {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4, "image_size": 64},
+    "convnext": {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2},
 }
 
 
@@ -71,7 +72,10 @@ def reduced(config: EncoderConfig) -> EncoderConfig:
             projection = replace(projection, dim=options.get("output_dim", 256))
     elif image.kind == "huggingface":
         size = 64
-        image = replace(image, image_size=size, options={"config": {**image.options["config"], **SMALL_MODELS["swin"]}})
+        stated = image.options["config"]
+        image = replace(image, image_size=size, options={"config": {**stated, **SMALL_MODELS[stated["model_type"]]}})
+        if projection.image == "none":
+            projection = replace(projection, dim=16)
     elif image.kind == "vit":
         size = 2 * image.patch_size
         image = replace(image, width=image.width // 8, layers=2, heads=4, image_size=size)

@@ -142,7 +142,8 @@ def error(ours: Tensor, theirs: Tensor) -> float:
 
 def embed(model: Any, pixels: Tensor) -> Tensor:
     with torch.inference_mode():
-        return model(pixels)
+        found: Tensor = model(pixels)
+        return found
 
 
 @pytest.mark.parametrize("name", list(TIMM))
@@ -296,7 +297,7 @@ def test_phikon_in_the_layout_of_transformers(loaded: Callable[..., Encoder], tm
     )  # fmt: skip
     theirs = ViTModel(config)
     randomise(theirs)
-    theirs.eval()
+    theirs.train(False)
     new = theirs.state_dict()
     renames = (
         ("layers.", "encoder.layer."), ("attention.q_proj", "attention.attention.query"),
