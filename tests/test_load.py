@@ -334,7 +334,7 @@ def test_absent_weights_say_where_to_get_them(tmp_path: Path, monkeypatch: pytes
             load(name)
         assert "https://openaipublic.azureedge.net/clip/models/" in str(caught.value)
         assert "licence: MIT" in str(caught.value)
-        assert "load('/path/to/" in str(caught.value)
+        assert "pretrained='/path/to/it')" in str(caught.value)
         assert str(tmp_path / "home" / "models") in str(caught.value)
 
 

@@ -100,11 +100,20 @@ def _is_revision(text: str) -> bool:
     return bool(_REVISION.fullmatch(text)) and ".." not in text
 
 
+def is_open_clip_tag(name: str, tag: str) -> bool:
+    """Return whether open_clip's table has weights of this tag for a name."""
+    return f"{name.removesuffix('-quickgelu')}/{tag}" in _open_clip_table()["repositories"]
+
+
+def _open_clip_table() -> dict[str, Any]:
+    return tomllib.loads((files("chiasm.encoders.models") / "open_clip_hub.toml").read_text(encoding="utf-8"))
+
+
 def _open_clip_address(name: str) -> HubAddress | CatalogEntry:
     model, _, tag = name.partition("/")
     if tag == "openai":
         return CATALOG.get(f"openai/{model.removesuffix('-quickgelu')}")
-    table = tomllib.loads((files("chiasm.encoders.models") / "open_clip_hub.toml").read_text(encoding="utf-8"))
+    table = _open_clip_table()
     plain = f"{model.removesuffix('-quickgelu')}/{tag}"
     repository = table["repositories"].get(plain)
     quick = plain in table["activation"]["quick_gelu"]
@@ -171,8 +180,8 @@ def obtain(entry: CatalogEntry, *, progress: Progress | None = None) -> Path:
         raise absent(entry, error) from error
 
 
-def obtain_address(address: HubAddress, *, progress: Progress | None = None) -> Path:
-    """Return the folder of a repository, fetched if it is absent.
+def obtain_address(address: HubAddress, *, entry: CatalogEntry | None = None, progress: Progress | None = None) -> Path:
+    """Return the folder of a repository, fetched if it is absent; ``entry`` says which of its files are wanted.
 
     Raises:
         CheckpointError: Absent and out of reach, or refused; says where to get it.
@@ -181,6 +190,8 @@ def obtain_address(address: HubAddress, *, progress: Progress | None = None) -> 
     if found is not None:
         return found
     try:
+        if entry is not None and entry.weights is not None:
+            return _fetch_repository(address, entry.weights.files, _wants_all(entry), progress)
         return _fetch_repository(address, (), False, progress)
     except DownloadError as error:
         place = f"{_endpoint()}/{address.repository}"

@@ -10,7 +10,6 @@ Names and order of :func:`create_model_and_transforms`, :func:`get_tokenizer` an
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from chiasm import fetch
 from chiasm.checkpoints import huggingface, native, open_clip, openai
 from chiasm.checkpoints.containers import read_state_dict
 from chiasm.checkpoints.layouts import LAYOUTS, read_parts
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 
 __all__ = ["create_model_and_transforms", "get_tokenizer", "list_models", "load", "save_encoder"]
 
-WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".ckpt", ".torch")
 _log = logging.getLogger("chiasm")
 
 
@@ -68,11 +67,12 @@ def load(
     """Load an encoder with its preprocessing, tokenizer and scale.
 
     Args:
-        name_or_path: A name (``openai/ViT-B-32``; ``chiasm models`` lists them), a model folder, or a weight file.
+        name_or_path: A name (``openai/ViT-B-32``; ``chiasm models`` lists them), a model folder, a weight file,
+            ``hf-hub:org/repo[@revision]`` or ``open_clip:NAME/TAG``. What is absent is downloaded (``chiasm.fetch``).
         device: Where the weights go.
         allow_code: Whether a tower that a model folder names as ``package.module:factory`` may be imported and run.
-        pretrained: With a name: the weight file or folder, or the tag ``openai``; None: look in
-            ``$CHIASM_HOME/models`` (``~/.cache/chiasm/models``).
+        pretrained: With a name: the weight file or folder, or the tag ``openai`` (with open_clip's names any of its
+            tags); None: ``$CHIASM_HOME/models`` (``~/.cache/chiasm/models``), else its official source.
         family: With a file or folder: whose weights they are, which names and shapes cannot tell. A name of the
             catalog (``chexzero``), or for any CLIP in OpenAI's key layout ``openai`` (QuickGELU) or ``open_clip``
             (GELU).
@@ -131,20 +131,38 @@ def _find(name_or_path: str | Path, pretrained: str | Path | None, family: str |
     if entry is None and name in ARCHITECTURES and isinstance(name_or_path, str):
         return _architecture(name, pretrained, family)
     if entry is not None:
-        found = _given(pretrained) if pretrained not in (None, "openai") else _cached(entry)
-        if found is None:
-            raise _absent(entry)
+        found = _given(pretrained) if pretrained not in (None, "openai") else fetch.obtain(entry)
         return _read_entry(found, entry, family)
+    if fetch.is_address(name_or_path):
+        return _from_address(name, pretrained, family)
     path = _home(name)
     if path.exists():
         if pretrained is not None:
             raise InputError("`pretrained` goes with a name, but a path was given")
         named = CATALOG.find(family) if family is not None and family not in openai.FAMILIES else None
         return _read(path, family) if named is None else _read_entry(path, named, None)
-    if isinstance(name_or_path, Path) or name.startswith((".", "~", "/")) or path.suffix in WEIGHT_SUFFIXES:
+    if isinstance(name_or_path, Path) or name.startswith((".", "~", "/")) or path.suffix in fetch.WEIGHT_SUFFIXES:
         raise CheckpointError(f"`{path.name}` does not exist", hint="check the path")
     CATALOG.get(name)  # raises UnknownName with a suggestion
     raise AssertionError
+
+
+def _from_address(name: str, pretrained: str | Path | None, family: str | None) -> _Source:
+    """A repository of the hub, or a name and tag of open_clip; a repository of the catalog is read as its entry says."""
+    if pretrained is not None:
+        raise InputError("`pretrained` goes with a name, but an address was given")
+    meant = fetch.parse_address(name)
+    if isinstance(meant, CatalogEntry):
+        return _find(meant.name, None, family)
+    stated = family is not None and family not in openai.FAMILIES
+    entry = CATALOG.find(str(family)) if stated else fetch.entry_of(meant)
+    path = fetch.obtain_address(meant, entry=entry)
+    if entry is not None:
+        return _read_entry(path, entry, None)
+    source = _read(path, family)
+    if meant.activation:
+        source = replace(source, config=with_activation(source.config, meant.activation))
+    return source if native.is_model_dir(path) else replace(source, name=meant.repository)
 
 
 def _architecture(name: str, pretrained: str | Path | None, family: str | None) -> _Source:
@@ -160,6 +178,9 @@ def _architecture(name: str, pretrained: str | Path | None, family: str | None) 
             f"`{name}` is an architecture without weights",
             hint=f"add `pretrained=` (`openai` or a path), or load `{official.name}`",
         )
+    if isinstance(pretrained, str) and fetch.is_open_clip_tag(name, pretrained):
+        source = _from_address(f"open_clip:{name}/{pretrained}", None, None)
+        return _checked(source, source.name, _like(source.config, ARCHITECTURES[name]))
     source = _read(_given(pretrained), family, expected=ARCHITECTURES[name])
     return _checked(source, source.name, _like(source.config, ARCHITECTURES[name]))
 
@@ -309,36 +330,6 @@ def _config(values: Mapping[str, Any]) -> EncoderConfig:
         return EncoderConfig.from_dict(values)
     except ConfigError as error:
         raise CheckpointError(f"the model states an impossible configuration: {error.message}") from error
-
-
-def _models_folder() -> Path:
-    return Path(os.environ.get("CHIASM_HOME") or "~/.cache/chiasm").expanduser() / "models"
-
-
-def _cached(entry: CatalogEntry) -> Path | None:
-    """The folder or file of a catalog entry in the cache: ``models/NAME``, with or without a suffix."""
-    folder = _models_folder()
-    stems = [entry.name, entry.name.rsplit("/", 1)[-1]]
-    if entry.weights is not None:
-        stems.append(entry.weights.file_name.rsplit(".", 1)[0])
-    for stem in dict.fromkeys(stems):
-        for suffix in ("", *WEIGHT_SUFFIXES):
-            path = folder / f"{stem}{suffix}"
-            if path.is_file() or (not suffix and path.is_dir() and any(path.iterdir())):
-                return path
-    return None
-
-
-def _absent(entry: CatalogEntry) -> CheckpointError:
-    message = f"the weights of `{entry.name}` are not on this machine"
-    if entry.weights is None:
-        return CheckpointError(message, hint=f"put them into {_models_folder()}")
-    file = entry.weights.file_name
-    return CheckpointError(
-        f"{message}; chiasm does not download them",
-        hint=f"get {entry.weights.url} (licence: {entry.licence}), then `load('/path/to/{file}')`, or put the file "
-        f"into {_models_folder()}",
-    )
 
 
 def save_encoder(

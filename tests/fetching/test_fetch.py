@@ -12,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save as serialize
 
 from chiasm import fetch
 from chiasm.encoders.catalog import CATALOG, CatalogEntry, WeightSource
 from chiasm.errors import CheckpointError, FileFormatError, InputError, UnknownName
 from chiasm.fetch import HubAddress, cached, obtain, obtain_address, parse_address
+from chiasm.load import create_model_and_transforms, load, save_encoder
+from chiasm.testing import TinyEncoder
+from chiasm.types import Preprocess
 
 COMMIT, LATER = "a" * 40, "b" * 40
 
@@ -267,3 +271,56 @@ def test_two_processes_fetch_once(site: Any, tmp_path: Path) -> None:
         process.join(30)
         assert process.exitcode == 0
     assert site.paths.count(f"/org/tiny/resolve/{COMMIT}/model.safetensors") == 1
+
+
+@pytest.fixture(scope="module")
+def open_clip_files() -> dict[str, bytes]:
+    """A repository in open_clip's layout with the smallest CLIP."""
+    from chiasm.encoders.base import EncoderConfig, ImageTowerConfig, ProjectionConfig, TextTowerConfig
+    from chiasm.encoders.build import build_encoder_model
+
+    config = EncoderConfig(
+        image=ImageTowerConfig(image_size=32, width=64, layers=1, patch_size=16, activation="gelu"),
+        text=TextTowerConfig(width=64, layers=1, activation="gelu"),
+        projection=ProjectionConfig(dim=16),
+        preprocess=Preprocess(size=32),
+    )
+    state = build_encoder_model(config).state_dict()
+    model = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1},
+    }
+    stated = {"model_cfg": model, "preprocess_cfg": {}}
+    return {"open_clip_config.json": json.dumps(stated).encode(), "open_clip_model.safetensors": serialize(state)}
+
+
+def test_an_address_loads_and_then_needs_no_network(
+    site: Any, monkeypatch: pytest.MonkeyPatch, open_clip_files: dict[str, bytes]
+) -> None:
+    put_repository(site, "org/tiny-clip", open_clip_files)
+    encoder = load("hf-hub:org/tiny-clip")
+    assert encoder.name == "org/tiny-clip"
+    assert encoder.config.image.activation == "gelu"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert load("hf-hub:org/tiny-clip").space == encoder.space
+    with pytest.raises(InputError, match="goes with a name"):
+        load("hf-hub:org/tiny-clip", pretrained="openai")
+
+
+def test_a_tag_of_open_clip_brings_its_activation(site: Any, open_clip_files: dict[str, bytes]) -> None:
+    put_repository(site, "timm/vit_base_patch32_clip_224.metaclip_400m", open_clip_files)
+    put_repository(site, "laion/CLIP-ViT-B-32-laion2B-s34B-b79K", open_clip_files)
+    assert load("open_clip:ViT-B-32/metaclip_400m").config.image.activation == "quick_gelu"
+    assert load("open_clip:ViT-B-32/laion2b_s34b_b79k").config.image.activation == "gelu"
+    with pytest.raises(CheckpointError, match="not those of"):  # the tiny one is no ViT-B-32
+        create_model_and_transforms("ViT-B-32", pretrained="laion2b_s34b_b79k")
+
+
+def test_loading_what_is_here_asks_nothing(site: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    encoder = TinyEncoder()
+    save_encoder(encoder, tmp_path / "home" / "models" / "mine")
+    assert load(tmp_path / "home" / "models" / "mine").space == encoder.space
+    with pytest.raises(UnknownName):
+        load("no-such-model")
+    assert not site.asked
