@@ -23,7 +23,7 @@ def run(
         str,
         typer.Option(
             "--method",
-            help="auto, attention (CLIP's ViT), layer_cam or grad_cam (its ResNet), similarity, occlusion (any tower).",
+            help="auto, attention (CLIP's ViT), layer_cam or grad_cam (its ResNet), similarity, biovil, occlusion (any tower).",
         ),
     ] = "auto",
     out: Annotated[

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,6 +23,7 @@ from chiasm.cli.output import (
 from chiasm.errors import InputError
 
 if TYPE_CHECKING:
+    from chiasm.evaluate.scores import ZeroShotScores
     from chiasm.tasks.zero_shot import ZeroShotResult
 
 #: Images that are printed; `--out` and `--json` give all.
@@ -40,6 +40,12 @@ def run(
     template: Annotated[
         str | None, typer.Option("--template", help='"a chest film showing {}", or chest, histology, ct-mr, general.')
     ] = None,
+    protocol: Annotated[
+        str | None, typer.Option("--protocol", help="A published protocol with its prompts; `list` lists them.")
+    ] = None,
+    variant: Annotated[
+        str, typer.Option("--variant", help="Of the protocol: published, corrected, or another of its own.")
+    ] = "published",
     multi: Annotated[
         bool, typer.Option("--multi", help="Any number of labels can be true (positive/negative pairs).")
     ] = False,
@@ -61,49 +67,72 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Embed, classify, print; score when the truth is named."""
-    from chiasm.cli.inputs import load_encoder, read_images, read_prompts, say_rejected, truth_columns
-    from chiasm.embed import embed_images, embed_texts
+    from chiasm.cli.inputs import load_encoder, read_images, say_rejected, truth_columns
+    from chiasm.cli.protocol import LIST, answer, print_protocols, read_question, slide_samples
+    from chiasm.embed import embed_images
     from chiasm.evaluate.scores import score_zero_shot
     from chiasm.io.manifest import RejectLog, write_bytes_atomic
-    from chiasm.tasks.zero_shot import build_classifier, classify
 
-    prompts = read_prompts(labels, labels_file, pairs=multi, template=template)
-    if len(prompts.labels) < 2 and not multi:
-        raise InputError(
-            f"`{prompts.names[0]}` is the only label, so it would always get probability 1",
-            hint="name two labels or more, or ask for yes and no with `--multi`",
-        )
+    if protocol == LIST:
+        print_protocols(as_json)
+        return
+    question = read_question(protocol, variant, labels, labels_file, multi=multi, template=template, seed=seed)
     if truth is not None and table is None:
         raise InputError("`--truth` names a column, but no table was given", hint="add `--table t.csv`")
     rows = read_images(images, table, group=group, columns=column, root=root, split=split)
+    units = slide_samples(rows.samples, truth or "") if question.pools else rows.samples
     if truth is not None:
-        truth_columns(rows.samples, truth, prompts.names)  # a wrong column fails before the images are embedded
+        truth_columns(units, truth, question.prompts.names)  # a wrong column fails before the images are embedded
     encoder = load_encoder(model, device=device, family=family, allow_code=allow_code)
-    classifier = build_classifier(prompts, partial(embed_texts, encoder))
     rejects = RejectLog(rows.rejected)
     embedded = embed_images(
         encoder, rows.samples, batch_size=batch_size, rejects=rejects, progress=make_progress(as_json, unit="images")
     )
-    result = classify(embedded, classifier, mode="multi" if multi else "single")
+    results = answer(question, encoder, embedded, rows.samples, names=(model, family), batch_size=batch_size)
     if out is not None:  # before the scoring, which may find the truth unusable
-        write_bytes_atomic(out, result.to_frame().to_csv(index=False).encode())
-    scores = None
+        write_bytes_atomic(out, _csv(results).encode())
+    scores: dict[int, ZeroShotScores] = {}
     if truth is not None:
-        kept = {s.id: s for s in rows.samples}
-        columns = truth_columns([kept[i] for i in result.ids], truth, prompts.names)
-        scores = score_zero_shot(result, columns, seed=seed)
+        kept = {s.id: s for s in units}
+        for j, result in results.items():
+            columns = truth_columns([kept[i] for i in result.ids], truth, question.prompts.names)
+            scores[j] = score_zero_shot(result, columns, seed=seed)
     if as_json:
-        document = {"data": rows.name, "rejected": len(rejects), "reasons": rejects.counts(), **result.to_dict()}
-        if scores is not None:
-            document["scores"] = scores.to_dict()
-        print_json(document)
+        about = {"data": rows.name, "rejected": len(rejects), "reasons": rejects.counts()}
+        documents = {j: _document(result, scores.get(j)) for j, result in results.items()}
+        print_json(about | ({"by_tiles": documents} if question.pools else documents[0]))
         return
-    _print_result(result)
-    say_rejected(rejects)
+    for j, result in results.items():
+        if question.pools:
+            print(f"mean of the best {j} tiles")
+        _print_result(result)
+        if j == list(results)[-1]:
+            say_rejected(rejects)
+            _print_protocol(result)
+        if j in scores:
+            print()
+            print_table(("measure", "value [95 % interval]", "n", "chance", "majority"), scores[j].table())
+
+
+def _csv(results: dict[int, ZeroShotResult]) -> str:
+    """Return the probabilities as CSV; those of several numbers of tiles below each other, with a column ``tiles``."""
+    import pandas as pd
+
+    frames = [r.to_frame() if j == 0 else r.to_frame().assign(tiles=j) for j, r in results.items()]
+    return str(pd.concat(frames).to_csv(index=False))
+
+
+def _document(result: ZeroShotResult, scores: ZeroShotScores | None) -> dict[str, Any]:
+    return {**result.to_dict(), **({} if scores is None else {"scores": scores.to_dict()})}
+
+
+def _print_protocol(result: ZeroShotResult) -> None:
+    """Print where and how the images were compared, and what to know of the protocol."""
     print(f"  space {result.space}, logit scale {result.logit_scale:.2f} ({result.logit_scale_source})")
-    if scores is not None:
-        print()
-        print_table(("measure", "value [95 % interval]", "n", "chance", "majority"), scores.table())
+    if result.protocol is not None:
+        print(f"  protocol {result.protocol}, variant {result.variant}")
+        for note in result.notes:
+            print(f"    - {note}")
 
 
 def _print_result(result: ZeroShotResult) -> None:

@@ -7,6 +7,7 @@ method                  towers                                 source
 ``layer_cam``           CLIP's ResNet                          Jiang et al. 2021
 ``grad_cam``            CLIP's ResNet                          Selvaraju et al. 2017
 ``similarity``          all that give patch vectors            Zhou et al. 2022 (MaskCLIP)
+``biovil``              the same; made for BioViL              Boecking et al. 2022: ``similarity``, blurred
 ``occlusion``           all                                    Zeiler and Fergus 2014
 ======================  =====================================  ==========================================
 
@@ -32,7 +33,7 @@ from chiasm.errors import InputError, UnknownName
 from chiasm.explain.gradients import attention_relevance, grad_cam, layer_cam
 from chiasm.explain.heatmap import HeatMap, model_view
 from chiasm.explain.occlusion import occlusion_maps
-from chiasm.explain.similarity import patch_text_maps
+from chiasm.explain.similarity import biovil_maps, patch_text_maps
 from chiasm.explain.towers import image_batch, natural_method, quiet, scores, text_direction
 from chiasm.progress import Progress, SilentProgress
 
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
     from chiasm.encoders.base import Encoder
 
-MethodName = Literal["auto", "attention", "layer_cam", "grad_cam", "similarity", "occlusion"]
+MethodName = Literal["auto", "attention", "layer_cam", "grad_cam", "similarity", "biovil", "occlusion"]
 MapFunction = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 METHODS: dict[str, MapFunction] = {
@@ -49,6 +50,7 @@ METHODS: dict[str, MapFunction] = {
     "layer_cam": layer_cam,
     "grad_cam": grad_cam,
     "similarity": patch_text_maps,
+    "biovil": biovil_maps,
     "occlusion": occlusion_maps,
 }
 

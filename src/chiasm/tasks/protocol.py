@@ -11,6 +11,7 @@ its licence lets them be passed on; otherwise ``needs`` says what the user must 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
@@ -26,6 +27,10 @@ Aggregator = Literal[
     "mean_embedding", "mean_unnormalised", "raw_text", "pair_softmax", "max_prompt", "mean_prompt", "global_local"
 ]
 PUBLISHED = "published"
+
+
+class ProtocolWarning(UserWarning):
+    """A protocol is run in a way whose figures cannot be compared with the published ones."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +141,18 @@ class Protocol:
         """Return whether one of a model's names (its own, its family's) is among those it was published for."""
         known = [n.lower() for n in names if n]
         return any(fnmatch(name, pattern.lower()) for name in known for pattern in self.families)
+
+    def warn_unless_fits(self, *names: str | None) -> bool:
+        """Return :meth:`fits`, after a :class:`ProtocolWarning` where it does not."""
+        fitting = self.fits(*names)
+        if not fitting:
+            warnings.warn(
+                f"protocol `{self.name}` was published for {', '.join(self.families)}; `{next(filter(None, names), '')}` "
+                "is none of them, so published figures say nothing about this run",
+                ProtocolWarning,
+                stacklevel=2,
+            )
+        return fitting
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
