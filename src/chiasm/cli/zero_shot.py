@@ -24,6 +24,7 @@ from chiasm.errors import InputError
 
 if TYPE_CHECKING:
     from chiasm.evaluate.scores import ZeroShotScores
+    from chiasm.io.manifest import RejectLog
     from chiasm.tasks.zero_shot import ZeroShotResult
 
 #: Images that are printed; `--out` and `--json` give all.
@@ -67,7 +68,7 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Embed, classify, print; score when the truth is named."""
-    from chiasm.cli.inputs import load_encoder, read_images, say_rejected, truth_columns
+    from chiasm.cli.inputs import load_encoder, read_images, truth_columns
     from chiasm.cli.protocol import LIST, answer, print_protocols, read_question, slide_samples
     from chiasm.embed import embed_images
     from chiasm.evaluate.scores import score_zero_shot
@@ -102,8 +103,15 @@ def run(
         documents = {j: _document(result, scores.get(j)) for j, result in results.items()}
         print_json(about | ({"by_tiles": documents} if question.pools else documents[0]))
         return
+    _print_results(results, scores, rejects)
+
+
+def _print_results(results: dict[int, ZeroShotResult], scores: dict[int, ZeroShotScores], rejects: RejectLog) -> None:
+    """Print the results, what is to be known of them, and their scores; under 0 stands the only one."""
+    from chiasm.cli.inputs import say_rejected
+
     for j, result in results.items():
-        if question.pools:
+        if j:
             print(f"mean of the best {j} tiles")
         _print_result(result)
         if j == list(results)[-1]:
