@@ -22,6 +22,7 @@ from chiasm.types import Preprocess
 SMALL_IMAGE_TOWERS: dict[str, tuple[int, dict[str, Any]]] = {
     "biovil": (64, {"width": 8, "layers": [1, 1, 1, 1], "output_dim": 128, "temporal_dim": 16, "temporal_heads": 4}),
     "classic_resnet": (64, {"width": 8, "layers": [1, 1, 1, 1]}),
+    "gloria": (64, {"width": 8, "layers": [1, 1, 1, 1], "output_dim": 32, "upsample": 75}),
     "conch": (32, {"width": 32, "layers": 2, "heads": 4, "patch_size": 8, "output_dim": 16, "pool_heads": 4}),
 }
 SMALL_BERT: dict[str, Any] = {
@@ -34,6 +35,7 @@ SMALL_BERT: dict[str, Any] = {
 }
 SMALL_TEXT_TOWERS: dict[str, dict[str, Any]] = {
     "cxr_bert": {**SMALL_BERT, "positions": 512},
+    "gloria": SMALL_BERT,
     "medclip": SMALL_BERT,
 }
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from chiasm.data.byte_pairs import clean_text, tidy_text
+from chiasm.data.report_text import report_words
 from chiasm.data.tokens import MIN_CONTEXT, Tokens, WordSpan, checked_context, checked_texts, to_tokens, warn_if_cut
 from chiasm.data.wordpiece import is_bert_folder, read_bert_folder
 from chiasm.errors import ConfigError, FileFormatError, InputError
@@ -27,12 +28,14 @@ def canonical_text(text: str) -> str:
     return " ".join(tidy_text(text).replace("_", " ").translate(_NO_PUNCTUATION).lower().split())
 
 
-#: What is done to texts before a tokenizer of this kind: three by open_clip, in its names; ``end_marks`` by BioViL.
+#: What is done to texts before a tokenizer of this kind: three by open_clip, in its names; ``end_marks`` by BioViL,
+#: ``report`` by GLoRIA.
 CLEANINGS: Mapping[str, Callable[[str], str]] = {
     "whitespace": tidy_text,
     "lower": clean_text,
     "canonicalize": canonical_text,
     "end_marks": lambda text: text.rstrip("!?."),
+    "report": report_words,
 }
 
 

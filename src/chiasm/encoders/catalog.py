@@ -17,6 +17,7 @@ from chiasm.encoders.models import (
     biovil,
     conch,
     dino,
+    gloria,
     histology,
     imagenet,
     kaiko,
@@ -32,7 +33,22 @@ from chiasm.registry import Registry
 
 __all__ = ["ARCHITECTURES", "CATALOG", "Catalog", "CatalogEntry", "Figure", "WeightSource", "with_gelu"]
 
-FAMILIES = (openai, biovil, conch, uni, kaiko, dino, histology, medclip, biomedclip, bioclip, plip, quiltnet, imagenet)
+FAMILIES = (
+    openai,
+    biovil,
+    conch,
+    uni,
+    kaiko,
+    dino,
+    histology,
+    medclip,
+    gloria,
+    biomedclip,
+    bioclip,
+    plip,
+    quiltnet,
+    imagenet,
+)
 
 
 class Catalog(Registry[CatalogEntry]):

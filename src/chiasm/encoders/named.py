@@ -21,11 +21,13 @@ from chiasm.errors import ConfigError, UnknownName
 
 #: Name -> ``module:function``; the function takes the tower's declaration and returns the module.
 IMAGE_TOWERS: Mapping[str, str] = {
+    "gloria": "chiasm.encoders.gloria:GloriaImageTower",
     "biovil": "chiasm.encoders.biovil:BioVilImageTower",
     "classic_resnet": "chiasm.encoders.classic_resnet:build_classic_resnet",
     "conch": "chiasm.encoders.conch:ConchImageTower",
 }
 TEXT_TOWERS: Mapping[str, str] = {
+    "gloria": "chiasm.encoders.gloria:GloriaTextTower",
     "cxr_bert": "chiasm.encoders.biovil:CxrBertTextTower",
     "medclip": "chiasm.encoders.medclip:MedClipTextTower",
 }
