@@ -27,6 +27,8 @@ fi
 "${PIP[@]}" --no-deps setuptools==69.5.1 torchvision==0.28.0 timm==1.0.31 open_clip_torch==3.3.0 clip-anytorch==2.6.0
 # GLoRIA's preprocessing resizes by OpenCV.
 "${PIP[@]}" --no-deps opencv-python-headless==5.0.0.93
+# BioViL's own code; what it needs to read DICOM and NIfTI files is left out.
+"${PIP[@]}" --no-deps hi-ml-multimodal==0.2.2
 
 # The import hook: on the first `import torchvision` it declares the operators that its Python files mention. A .pth
 # line is run at every start of the interpreter, so the module imports nothing but sys until then.

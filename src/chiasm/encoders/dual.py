@@ -37,9 +37,9 @@ class ProjectedImageTower(nn.Module):
         self.head = head
         self.output_dim = output_dim
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Return the embeddings (batch, output_dim), not normalised."""
-        embedded: Tensor = self.head(self.trunk(pixels))
+    def forward(self, pixels: Tensor, prior: Tensor | None = None) -> Tensor:
+        """Return the embeddings (batch, output_dim), not normalised; ``prior``: see :meth:`DualEncoder.encode_image`."""
+        embedded: Tensor = self.head(self.trunk(pixels) if prior is None else self.trunk(pixels, prior))
         return embedded
 
     def patch_features(self, pixels: Tensor) -> Tensor:
@@ -162,10 +162,21 @@ class DualEncoder(nn.Module):
             text = getattr(self._trunk("text"), "stored", text)
         return dataclasses.replace(self.config, image=image, text=text)
 
-    def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
-        """Return the embeddings (batch, dim) of pixels (batch, 3, size, size)."""
+    def encode_image(self, images: Tensor, normalize: bool = False, *, prior: Tensor | None = None) -> Tensor:
+        """Return the embeddings (batch, dim) of pixels (batch, 3, size, size).
+
+        Args:
+            images: Pixels.
+            normalize: Whether to scale rows to unit L2 norm.
+            prior: Pixels of an earlier image of each patient, for a tower that compares (BioViL-T).
+
+        Raises:
+            InputError: A prior image for a tower that takes none.
+        """
         tower: Any = self.image_side()
-        features: Tensor = tower(images)
+        if prior is not None and not getattr(getattr(tower, "trunk", None), "takes_prior", False):
+            raise InputError("this image tower takes no prior image", hint="`biovil-t` does")
+        features: Tensor = tower(images) if prior is None else tower(images, prior)
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_text(self, ids: Tensor, lengths: Tensor | None = None, normalize: bool = False) -> Tensor:

@@ -70,6 +70,7 @@ class Encoder:
         self.config = config
         self.name = name
         self._tokenizer = None if tokenizer is None else _checked_tokenizer(tokenizer, config)
+        self._vocabulary_read = False
         self._preprocess: Callable[[Image], Tensor] | None = None
         self._digest: tuple[object, str] | None = None
 
@@ -112,6 +113,10 @@ class Encoder:
             from chiasm.data.tokenizers import make_tokenizer
 
             self._tokenizer = _checked_tokenizer(make_tokenizer(self.config.tokenizer), self.config)
+        read = getattr(getattr(self.model.text, "transformer", None), "read_vocabulary", None)
+        if read is not None and not self._vocabulary_read:
+            read(self._tokenizer)
+            self._vocabulary_read = True
         return self._tokenizer
 
     @property
@@ -143,19 +148,21 @@ class Encoder:
         self.model.to(device)
         return self
 
-    def encode_image(self, pixels: Tensor, normalize: bool = False) -> Tensor:
+    def encode_image(self, pixels: Tensor, normalize: bool = False, *, prior: Tensor | None = None) -> Tensor:
         """Return the embeddings of preprocessed images.
 
         Args:
             pixels: (batch, 3, height, width), as :attr:`preprocess` gives them; one image may lack the batch axis.
             normalize: Whether to scale rows to unit L2 norm.
+            prior: The same for an earlier image of each patient, where the model compares two (BioViL-T).
 
         Returns:
             (batch, dim), on the encoder's device.
         """
         pixels = self._pixels(pixels)
+        before = None if prior is None else self._pixels(prior)
         with torch.inference_mode():
-            return self._eval().encode_image(pixels, normalize=normalize)
+            return self._eval().encode_image(pixels, normalize=normalize, prior=before)
 
     def encode_text(self, tokens: Tensor | Tokens | str | Sequence[str], normalize: bool = False) -> Tensor:
         """Return the embeddings of texts, given as strings, as :class:`Tokens` or as token ids.
