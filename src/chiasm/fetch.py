@@ -227,6 +227,16 @@ def absent(entry: CatalogEntry, error: DownloadError | None = None) -> Checkpoin
     return CheckpointError(message, hint=f"{_account(error, place)}get {place}{terms}, then {here}{bundle}")
 
 
+def recorded(entry: CatalogEntry) -> dict[str, Any]:
+    """Return what is recorded of the first download of an entry: revision or SHA-256, address, date; or nothing."""
+    source = entry.weights
+    if source is None:
+        return {}
+    if source.repository:
+        return dict(_record().get(f"{HUB}{HubAddress(source.repository, source.revision)}", {}))
+    return dict(_record().get(f"{entry.name}{PurePosixPath(urlsplit(source.url).path).suffix}", {}))
+
+
 def _account(error: DownloadError | None, place: str) -> str:
     if error is not None and error.status in (401, 403):
         return f"accept the terms at {place} with an account, create a token there and set HF_TOKEN; or "

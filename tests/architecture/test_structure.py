@@ -21,7 +21,7 @@ LEVELS = {
     "encoders": 3,
     "fetch": 4, "load": 4, "embed": 4,
     "tasks": 5, "explain": 5, "train": 5,
-    "evaluate": 6,
+    "evaluate": 6, "bundle": 6,
     "web": 7,
     "cli": 8,
 }  # fmt: skip
