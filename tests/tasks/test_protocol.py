@@ -425,8 +425,17 @@ def test_labels_and_files_in_a_protocols_form(tmp_path: Any) -> None:
     assert biovil.notes == ("the prompts are the user's, not the published ones",)
     with pytest.raises(InputError, match="templates of its own"):
         make_prompts(chexzero, ["a"], templates="a {}")
+    for bare in (["a", "b"], {"classnames": ["a", "b"]}, {"a": ["a"], "b": ["b"]}):  # chiasm's own templates stay out
+        with pytest.raises(InputError, match="no templates"):
+            make_prompts(get_protocol("quiltnet"), bare)
+    own = make_prompts(get_protocol("quiltnet"), {"classnames": ["a", "b"]}, templates="{}, a photo")
+    assert own.prompts.labels[0].positive == ("a, a photo",)
+    assert own.notes == ("the templates are the user's",)
+    (tmp_path / "plain.txt").write_text("a\nb\n")
     with pytest.raises(InputError, match="no templates"):
-        make_prompts(get_protocol("quiltnet"), ["a", "b"])
+        read_prompt_file(get_protocol("plip"), tmp_path / "plain.txt")
+    filled = read_prompt_file(get_protocol("openai-imagenet"), tmp_path / "plain.txt").prompts
+    assert len(filled.labels[0].positive) == 80
 
 
 def test_attribute_lists_are_combined_drawn_and_checked(tmp_path: Any) -> None:

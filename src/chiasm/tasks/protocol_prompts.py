@@ -77,9 +77,8 @@ def make_prompts(
     elif isinstance(given, Mapping) and looks_like_attributes(given):
         full = _from_attributes(protocol, given, notes)
     elif isinstance(given, (Mapping, PromptSet)):
-        used = protocol.templates or templates
-        full = parse_prompts(given, templates=used)
-        full = _names_only(full, protocol, chosen.own_normal_prompts) or full
+        full = parse_prompts(given, templates=_fillers(protocol, templates))
+        full = _names_only(full, protocol, templates, chosen.own_normal_prompts) or full
         if protocol.prompts or not (protocol.templates or protocol.needs):
             notes.append("the prompts are the user's, not the published ones")
     else:
@@ -109,7 +108,7 @@ def read_prompt_file(
     options: dict[str, Any] = {"variant": variant, "templates": templates, "seed": seed}
     if path.suffix.lower() == ".py" or (path.suffix.lower() == ".json" and _holds_attributes(path)):
         return make_prompts(protocol, load_attributes(path), **options)
-    found = load_prompts(path, templates=("{}",) if protocol.negative_templates else protocol.templates or templates)
+    found = load_prompts(path, templates=_fillers(protocol, templates))
     return make_prompts(protocol, found, **options)
 
 
@@ -134,7 +133,10 @@ def _from_labels(
 ) -> PromptSet:
     used = protocol.templates or (choose_templates(templates) if templates is not None else ())
     if not used:
-        raise InputError(f"protocol `{protocol.name}` has no templates for labels", hint=protocol.needs)
+        needs = protocol.needs or "give whole prompts"
+        raise InputError(
+            f"protocol `{protocol.name}` has no templates for labels", hint=f"add a --template, or bring {needs}"
+        )
     if not protocol.negative_templates:
         return PromptSet.from_names(labels, used)
     negative = protocol.negative_templates or tuple(negate(t) for t in used)
@@ -149,10 +151,18 @@ def _from_labels(
     )
 
 
-def _names_only(found: PromptSet, protocol: Protocol, own_normal: bool) -> PromptSet | None:
-    """Return pairs for a file that only names labels, where the protocol asks in pairs; else None."""
+def _fillers(protocol: Protocol, templates: str | Sequence[str] | None) -> str | Sequence[str]:
+    """Return what turns bare names of a file into prompts; ``{}`` marks those that still need a form."""
+    return ("{}",) if protocol.negative_templates else protocol.templates or templates or ("{}",)
+
+
+def _names_only(
+    found: PromptSet, protocol: Protocol, templates: str | Sequence[str] | None, own_normal: bool
+) -> PromptSet | None:
+    """Return the prompts of a file that only names labels, where they still need the protocol's form; else None."""
     plain = all(p.positive == (fill("{}", p.name),) and not p.negative for p in found.labels)
-    return _from_labels(protocol, found.names, None, own_normal) if protocol.negative_templates and plain else None
+    needs_form = bool(protocol.negative_templates) or not (protocol.templates or templates)
+    return _from_labels(protocol, found.names, templates, own_normal) if plain and needs_form else None
 
 
 def _from_attributes(protocol: Protocol, given: Mapping[str, Any], notes: list[str]) -> PromptSet:
