@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
 
+from chiasm.encoders.base import Encoder
+from chiasm.encoders.build import build_encoder_model
+from chiasm.encoders.catalog import CATALOG
 from chiasm.errors import InputError, UnknownName
-from chiasm.evaluate.local_similarity import has_local_features, heat_map_on_image, text_heat_map
+from chiasm.evaluate.local_similarity import (
+    has_local_features,
+    heat_map_on_image,
+    local_similarities,
+    text_heat_map,
+)
 from chiasm.explain.methods import explain
 from chiasm.explain.similarity import biovil_maps, patch_text_maps
 from chiasm.testing import TinyEncoder, make_test_images
@@ -78,3 +90,135 @@ def test_explain_knows_biovils_map() -> None:
 
 def test_a_plain_encoder_has_no_local_features() -> None:
     assert not has_local_features(TinyEncoder())
+    with pytest.raises(InputError, match="regions and words"):
+        local_similarities(TinyEncoder(), [], ["a"])
+
+
+# --- GLoRIA at reduced depth ----------------------------------------------------------------------------------------
+
+WORDS = [
+    "[PAD]",
+    "[CLS]",
+    "[SEP]",
+    "[UNK]",
+    "mild",
+    "left",
+    "pleural",
+    "eff",
+    "##usion",
+    "##s",
+    "edema",
+    "at",
+    "the",
+    "base",
+]
+PROMPTS = ["mild pleural effusion", "edema at the left base", "left effusions"]
+
+
+@pytest.fixture(scope="module")
+def gloria() -> Encoder:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    engine = Tokenizer(models.WordPiece(vocab={w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
+    engine.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    engine.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    named = CATALOG.get("gloria").config
+    bert = {"width": 32, "layers": 4, "heads": 2, "mlp_width": 48, "vocab_size": 30, "positions": 97}
+    config = replace(
+        named,
+        image=replace(
+            named.image, image_size=64, options={"width": 8, "layers": [1, 1, 1, 1], "output_dim": 32, "upsample": 75}
+        ),
+        text=replace(named.text, options=bert),
+        projection=replace(named.projection, dim=32),
+        preprocess=replace(named.preprocess, size=64, resize_size=80),
+        tokenizer={"kind": "huggingface", "context_length": 97, "tokenizer": json.loads(engine.to_str())},
+    )
+    return Encoder(build_encoder_model(config, seed=3), config, name="gloria")
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[Path]:
+    paths = [tmp_path / f"{k}.png" for k in range(3)]
+    for path, image in zip(paths, make_test_images(3), strict=True):
+        image.save(path)
+    return paths
+
+
+def gloria_oracle(encoder: Encoder, paths: list[Path], prompts: list[str], peer: bool) -> np.ndarray:
+    """GLoRIA's recipe word by word and place by place, from the specification, in float64 loops."""
+    from PIL import Image
+
+    vocabulary = {w: i for i, w in enumerate(WORDS)}
+    bert, rows = encoder.model.text.transformer.model, []  # type: ignore[union-attr]
+    texts = []
+    for prompt in prompts:
+        pieces = encoder.tokenizer.encode([prompt])
+        ids = pieces.ids[:, : int(pieces.lengths[0])]
+        with torch.no_grad():
+            layers = bert(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True).hidden_states
+        total = sum(layer[0].double().numpy() for layer in layers[-4:])
+        slots = np.zeros((97, 32))
+        slot = -1
+        for piece, vector in zip(ids[0].tolist(), total, strict=True):
+            slot += not WORDS[piece].startswith("##")
+            slots[slot] += vector
+        count = sum(c != "[" for c in prompt) if peer else slot - 1
+        texts.append(slots[1 : count + 1])
+    assert vocabulary["##usion"] == 8
+    for path in paths:
+        with torch.no_grad():
+            regions = encoder.model.visual.trunk.image_locals(encoder.preprocess(Image.open(path))[None])  # type: ignore[union-attr]
+        places = regions[0].double().numpy().reshape(32, -1).T
+        row = []
+        for words in texts:
+            dots = words @ places.T
+            shares = np.exp(dots - dots.max(0)) / np.exp(dots - dots.max(0)).sum(0)
+            best = -np.inf
+            for word, share in zip(words, shares, strict=True):
+                attention = np.exp(4 * share) / np.exp(4 * share).sum()
+                context = attention @ places
+                norms = np.linalg.norm(word) * np.linalg.norm(context)
+                best = max(best, 5 * float(word @ context) / max(norms, 1e-8))
+            row.append(best)
+        rows.append(row)
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("words", ["words", "characters"])
+def test_local_similarities_are_those_of_the_recipe(gloria: Encoder, pictures: list[Path], words: str) -> None:
+    found = local_similarities(gloria, pictures, PROMPTS, words=words, batch_size=2)  # type: ignore[arg-type]
+    expected = gloria_oracle(gloria, pictures, PROMPTS, words == "characters")
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)  # a batch norm stands in the tower
+    other = gloria_oracle(gloria, pictures, PROMPTS, words != "characters")
+    assert np.abs(found - other).max() > 1e-3  # the trap: the other count of words
+    alone = local_similarities(gloria, pictures[1:2], PROMPTS[:1], words=words)  # type: ignore[arg-type]
+    np.testing.assert_allclose(alone[0, 0], found[1, 0], rtol=1e-4, atol=1e-5)
+    assert local_similarities(gloria, [], PROMPTS).shape == (0, 3)
+
+
+def test_glorias_protocol_with_both_halves(gloria: Encoder, pictures: list[Path], tmp_path: Path) -> None:
+    from functools import partial
+
+    from chiasm.embed import embed_images, embed_texts
+    from chiasm.tasks.prompts import LabelPrompts, PromptSet
+    from chiasm.tasks.protocol import get_protocol
+    from chiasm.tasks.protocol_run import run_protocol
+
+    assert has_local_features(gloria)
+    prompts = PromptSet((LabelPrompts("effusion", (PROMPTS[0], PROMPTS[2])), LabelPrompts("edema", (PROMPTS[1],))))
+    images = embed_images(gloria, pictures)
+    local = local_similarities(gloria, pictures, PROMPTS)
+    result = run_protocol(
+        get_protocol("gloria-chexpert5x200"), images, partial(embed_texts, gloria), prompts=prompts, variant="words",
+        local=lambda wanted, _: local[:, [PROMPTS.index(t) for t in wanted]],
+    )  # fmt: skip
+    whole = images.vectors @ embed_texts(gloria, PROMPTS).vectors.T
+    both = (whole + local) / 2
+    classes = np.stack([both[:, [0, 2]].max(1), both[:, 1]], axis=1)
+    np.testing.assert_allclose(result.logits, (classes - classes.mean(0)) / classes.std(0), rtol=1e-4, atol=1e-4)
+    assert not any("global half" in note for note in result.notes)
+    with pytest.raises(UnknownName):
+        local_similarities(gloria, pictures, PROMPTS, words="letters")  # type: ignore[arg-type]

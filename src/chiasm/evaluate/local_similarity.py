@@ -125,5 +125,50 @@ def local_similarities(
     words: Literal["words", "characters"] = "words",
     batch_size: int = 32,
 ) -> NDArray[np.float32]:
-    """Return GLoRIA's local similarity of every image with every text: float32 (images, texts)."""
-    raise InputError(f"`{encoder.name}` has no local features", hint="GLoRIA's towers have them")
+    """Return GLoRIA's local similarity of every image with every text: float32 (images, texts).
+
+    Args:
+        encoder: One whose towers keep regions and words (:func:`has_local_features`).
+        images: Samples or paths; each is decoded and passed through the tower once.
+        texts: Prompts.
+        words: ``words`` compares the image with the words of a text; ``characters`` with as many slots as the text has
+            characters, as the published code does, empty slots included.
+        batch_size: Images or texts per forward pass.
+
+    Raises:
+        InputError: The encoder has no such towers, or a text has no word.
+        FileFormatError: An image cannot be read.
+    """
+    import torch
+
+    from chiasm.datasets.images import open_sample_image
+    from chiasm.losses.local import attention_similarity, peer_word_counts
+
+    if not has_local_features(encoder):
+        raise InputError(f"`{encoder.name}` does not keep image regions and words", hint="GLoRIA's towers do")
+    if words not in ("words", "characters"):
+        raise UnknownName("way to count words", words, ("words", "characters"))
+    visual, text = _trunks(encoder)
+    tokens = encoder.tokenizer.encode(list(texts))
+    text.read_vocabulary(encoder.tokenizer)
+    found: list[NDArray[np.float32]] = []
+    encoder.model.eval()
+    with torch.inference_mode():
+        parts = [
+            text.word_features(
+                tokens.ids[k : k + batch_size].to(encoder.device), tokens.mask[k : k + batch_size].to(encoder.device)
+            )
+            for k in range(0, len(texts), batch_size)
+        ]
+        features = torch.cat([part[0] for part in parts]).float()
+        counts = torch.cat([part[1] for part in parts])
+        if words == "characters":
+            counts = peer_word_counts(texts, features.shape[1])
+        for start in range(0, len(images), batch_size):
+            batch = [
+                i if isinstance(i, Sample) else Sample(str(i), Path(i)) for i in images[start : start + batch_size]
+            ]
+            pixels = torch.stack([encoder.preprocess(open_sample_image(sample)) for sample in batch])
+            regions = visual.image_locals(pixels.to(encoder.device, encoder.model.dtype)).float()
+            found.append(attention_similarity(regions, features, counts).cpu().numpy())
+    return np.concatenate(found) if found else np.zeros((0, len(texts)), np.float32)
