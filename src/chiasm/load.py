@@ -263,7 +263,7 @@ def _tokenizer_of(path: Path, entry: CatalogEntry) -> Mapping[str, Any]:
     """The tokenizer's declaration: from the files beside the weights where there are some."""
     folder = path if path.is_dir() else path.parent
     if entry.config.tokenizer.get("kind") == "huggingface" and entry.config.has_text:
-        for file in ("tokenizer.json", "vocab.txt"):
+        for file in ("tokenizer.json", "vocab.txt", "spiece.model"):
             if (folder / file).is_file():
                 return {**entry.config.tokenizer, "source": str(folder)}
     return entry.config.tokenizer

@@ -43,6 +43,7 @@ SMALL_TEXT_TOWERS: dict[str, dict[str, Any]] = {
 SMALL_MODELS: dict[str, dict[str, Any]] = {
     "swin": {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4, "image_size": 64},
     "convnext": {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2},
+    "t5": {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 2},
 }
 
 
@@ -88,7 +89,10 @@ def reduced(config: EncoderConfig) -> EncoderConfig:
         text = replace(text, options={**text.options, **SMALL_TEXT_TOWERS[text.source or ""]})
     elif text.kind == "huggingface":
         stated = text.options["config"]
-        text = replace(text, options={**text.options, "config": {**stated, **SMALL, "vocab_size": 300}})
+        small = SMALL_MODELS.get(stated["model_type"], SMALL)
+        text = replace(text, options={**text.options, "config": {**stated, **small, "vocab_size": 300}})
+        if projection.text == "none":
+            projection = replace(projection, dim=32)
     else:
         text = replace(text, width=text.width // 8, layers=2, heads=4)
     if config.sides == "image" and image.kind == "vit":  # a backbone: its width is the dimension

@@ -24,6 +24,7 @@ from chiasm.checkpoints import (
     own_backbone,
     resnet,
     swin,
+    text_encoders,
     timm,
 )
 from chiasm.checkpoints.containers import read_state_dict
@@ -46,6 +47,9 @@ _ALL = (
     own_backbone.RESNET_LAYOUT,
     swin.LAYOUT,
     convnext.LAYOUT,
+    text_encoders.BERT_LAYOUT,
+    text_encoders.MEGATRON_LAYOUT,
+    text_encoders.T5_LAYOUT,
 )
 LAYOUTS: Mapping[str, Layout] = {layout.name: layout for layout in _ALL}
 

@@ -25,6 +25,7 @@ from chiasm.encoders.models import (
     openai,
     plip,
     quiltnet,
+    text_encoders,
     uni,
 )
 from chiasm.encoders.models.openai import ARCHITECTURES, with_gelu
@@ -48,6 +49,7 @@ FAMILIES = (
     plip,
     quiltnet,
     imagenet,
+    text_encoders,
 )
 
 
