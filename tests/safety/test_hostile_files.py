@@ -21,6 +21,8 @@ from torch import nn
 
 from chiasm.checkpoints import huggingface
 from chiasm.checkpoints.containers import read_state_dict
+from chiasm.checkpoints.layout import Layout
+from chiasm.checkpoints.layouts import read_parts
 from chiasm.errors import CheckpointError
 from chiasm.load import load
 
@@ -274,6 +276,18 @@ def test_an_index_without_shards_is_refused(tmp_path: Path, content: str) -> Non
     (tmp_path / "model.safetensors.index.json").write_text(content)
     with pytest.raises(CheckpointError):
         huggingface.read_weights(tmp_path)
+
+
+def test_parts_of_a_named_model_may_be_sharded(tmp_path: Path) -> None:
+    layout = Layout("two", lambda tensors: "w" in tensors, lambda tensors, config: dict(tensors))
+    for name in ("w", "v"):
+        torch.save({name: torch.ones(2)}, tmp_path / f"{name}.shard")
+    listed = {"weight_map": {"w": "w.shard", "v": "v.shard"}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(listed))
+    assert set(read_parts(tmp_path, layout)) == {"w", "v"}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"w": "../w.shard"}}))
+    with pytest.raises(CheckpointError, match="outside of its directory"):
+        read_parts(tmp_path, layout)
 
 
 def test_an_archive_around_one_weight_file_is_read(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ keys cannot tell that (OpenAI's B/32, CheXzero and QuiltNet share theirs): the c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -28,6 +28,7 @@ from chiasm.checkpoints import (
     timm,
 )
 from chiasm.checkpoints.containers import read_state_dict
+from chiasm.checkpoints.huggingface import read_weights
 from chiasm.checkpoints.layout import Layout
 from chiasm.errors import CheckpointError
 
@@ -76,14 +77,20 @@ def read_parts(path: str | Path, layout: Layout) -> dict[str, Tensor]:
         tensors = dict(read_state_dict(path).tensors)
     else:
         for prefix, candidates in layout.parts.items():
-            file = next((f for c in candidates for f in sorted(path.glob(c)) if f.is_file()), None)
-            if file is None:
-                raise CheckpointError(
-                    f"folder `{path.name}` lacks weights", hint=f"expected one of: {', '.join(candidates)}"
-                )
-            tensors.update({f"{prefix}{k}": v for k, v in read_state_dict(file).tensors.items()})
+            tensors.update({f"{prefix}{k}": v for k, v in _read_first(path, candidates).items()})
     if not layout.matches(tensors):
         other = find_layout(tensors)
         what = f"their names are those of the layout `{other.name}`" if other else "chiasm does not know their names"
         raise CheckpointError(f"the weights in `{path.name}` are not in the layout `{layout.name}`: {what}")
     return tensors
+
+
+def _read_first(folder: Path, candidates: Sequence[str]) -> Mapping[str, Tensor]:
+    """The tensors of the first file of a folder that fits a pattern, or of the shards that an index of it lists."""
+    for pattern in candidates:
+        file = next((f for f in sorted(folder.glob(pattern)) if f.is_file()), None)
+        if file is not None:
+            return read_state_dict(file).tensors
+        if (folder / f"{pattern}.index.json").is_file():
+            return read_weights(folder, (pattern,))
+    raise CheckpointError(f"folder `{folder.name}` lacks weights", hint=f"expected one of: {', '.join(candidates)}")
