@@ -171,7 +171,7 @@ def test_prefixes_and_the_names_of_tensorflow(prefix: str, small: Callable[[str]
     folder = folder_of(tmp_path / "model", state, do_lower_case=True)
     encoder = load(folder, family="bluebert")
     assert error(encoder.encode_text(TEXTS), theirs_of(folder, model.bert)) <= TIGHT
-    with pytest.raises(CheckpointError, match="besides 1: `text.transformer.model.encoder.surprise`"):
+    with pytest.raises(CheckpointError, match=r"besides 1: `text\.transformer\.model\.encoder\.surprise`"):
         load(folder_of(tmp_path / "other", state | {f"{prefix}encoder.surprise": torch.zeros(1)}), family="bluebert")
 
 
