@@ -49,7 +49,9 @@ def render() -> str:
         models = {n: f for n, f in load_facts().items() if f.scopes[0] == scope}
         parts.append(f"### {title}\n")
         parts.append(
-            _table(("name", "towers", "dim", "input", "tokens", "licence", "weights"), map(_row, models.items()))
+            _table(
+                ("name", "towers", "size", "dim", "input", "tokens", "licence", "weights"), map(_row, models.items())
+            )
         )
     parts.append("## Which model for which data set\n" + VERDICTS)
     for key, target in load_targets().items():
@@ -77,7 +79,17 @@ def _row(item: tuple[str, ModelFacts]) -> tuple[object, ...]:
     towers = " + ".join(t for t in (facts.image_tower, facts.text_tower) if t)
     size = f"{facts.image_size_px} px" if facts.image_size_px else ""
     gate = facts.gate if facts.released else "none released"
-    return f"`{name}`", towers, facts.dim or "", size, facts.context or "", facts.licence, gate
+    millions = f"{facts.parameters / 1e6:.0f} M" if facts.parameters else ""
+    return (
+        f"`{name}`",
+        towers,
+        millions + (f" × {facts.members}" if facts.members > 1 else ""),
+        facts.dim or "",
+        size,
+        facts.context or "",
+        facts.licence,
+        gate,
+    )
 
 
 def _advice(row: Advice) -> tuple[object, ...]:

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from chiasm.encoders.advice import load_targets
+from chiasm.encoders.catalog import CATALOG
+from chiasm.encoders.entry import CatalogEntry
 from chiasm.encoders.facts import load_facts
 
 Run = Callable[..., Any]
@@ -67,6 +69,24 @@ def test_one_model_in_full(chiasm: Run) -> None:
     (model,) = chiasm("models", "chexzero", "--for", "chexpert", "--json")
     assert model["advice"]["overlap"]["uses"] == ["selection"]
     assert "no weights of this name" in chiasm("models", "histo-vit")
+
+
+def test_a_plug_in_is_listed_with_what_it_says_of_itself(chiasm: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = CatalogEntry("somebody/else", CATALOG.get("openai/RN50").config, licence="theirs", description="a model")
+    monkeypatch.setitem(CATALOG._items, entry.name, entry)
+    monkeypatch.setenv("COLUMNS", "120")
+    *_, last = chiasm("models").split("  Other\n")
+    assert "somebody/else" in last.splitlines()[0]
+    assert "theirs" in last.splitlines()[0]
+    assert "a model" in chiasm("models", "somebody/else", "--for", "chexpert")
+
+
+def test_a_model_without_loading_code_is_marked(chiasm: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(CATALOG._items, "plip")
+    text = chiasm("models")
+    assert "plip *" in text
+    assert "without loading code" in text
+    assert "not in this version yet" in chiasm("models", "plip")
 
 
 def test_wrong_names_get_a_suggestion(chiasm: Run) -> None:

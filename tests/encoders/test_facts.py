@@ -12,6 +12,7 @@ import pytest
 
 from chiasm.config import read_toml
 from chiasm.encoders import facts as module
+from chiasm.encoders.build import build_encoder_model
 from chiasm.encoders.catalog import CATALOG
 from chiasm.encoders.entry import CatalogEntry
 from chiasm.encoders.facts import (
@@ -108,6 +109,18 @@ def test_entries_agree_with_the_facts(entry: CatalogEntry) -> None:
     if facts.gate != "open":
         assert entry.weights is not None
         assert entry.weights.ask
+
+
+@pytest.mark.parametrize("name", sorted(n for n in FACTS if n in CATALOG and FACTS[n].parameters))
+def test_sizes_are_those_of_the_models(name: str) -> None:
+    """Counted on models without memory; towers of transformers and `named` ones need memory and are counted elsewhere."""
+    config = CATALOG.get(name).config
+    kinds = {config.image.kind} if config.has_image else set()
+    kinds |= set() if not config.has_text or config.text.is_native else {"foreign"}
+    assert CATALOG.get(name).parameters == FACTS[name].parameters
+    if kinds <= {"vit", "resnet"}:
+        model = build_encoder_model(config, device="meta")
+        assert sum(p.numel() for p in model.parameters()) == FACTS[name].parameters
 
 
 def test_a_plug_in_keeps_its_own_facts() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -25,9 +26,9 @@ FIELDS = {
     "general text": "Text towers, general",
     "": "Other",
 }
-COLUMNS = ("name", "image tower", "text tower", "dim", "input", "weights", "licence")
+COLUMNS = ("name", "image tower", "text tower", "size", "dim", "input", "weights", "licence")
 #: Columns that a narrow terminal does without, the first one first.
-DISPENSABLE = (6, 2, 5)
+DISPENSABLE = (7, 2, 3)
 
 
 def run(
@@ -81,7 +82,7 @@ def _print_list(models: Sequence[dict[str, Any]]) -> None:
             print(f"  {title}")
             for row in group:
                 print(_line(row, widths, shown))
-    if not all(m["loads"] for m in models):
+    if not all(m["loads"] or not m["released"] for m in models):
         print("  * known, but without loading code in this version")
     _print_wrapped(
         "Weights are not part of this package. `chiasm models NAME` says where they come from, what they were trained "
@@ -92,16 +93,16 @@ def _print_list(models: Sequence[dict[str, Any]]) -> None:
 
 
 def _row(model: dict[str, Any]) -> tuple[str, ...]:
-    size = model["image_size_px"]
-    text = (model["text_tower"] or "–").split(" ")
-    short = " ".join(w for w in text if not w.replace("x", "").isdigit())
+    side = model["image_size_px"]
+    text = " ".join(w for w in (model["text_tower"] or "–").split(" ") if not w.replace("x", "").isdigit())
     return (
-        model["name"] + ("" if model["loads"] else " *"),
-        model["image_tower"] or "–",
-        short if len(short) <= 20 else short[:19] + "…",
+        model["name"] + ("" if model["loads"] or not model["released"] else " *"),
+        textwrap.shorten(re.sub(r", (\d+) registers", r" reg\1", model["image_tower"] or "–"), 17, placeholder="…"),
+        textwrap.shorten(text.removesuffix(" transformer"), 15, placeholder="…"),
+        f"{model['parameters'] / 1e6:.0f} M" if model["parameters"] else "–",
         str(model["dim"] or "–"),
-        f"{size} px" if size else "–",
-        model["gate"] if model.get("released", True) else "none",
+        f"{side} px" if side else "–",
+        model["gate"] if model["released"] else "none",
         model["licence"],
     )
 
@@ -109,7 +110,7 @@ def _row(model: dict[str, Any]) -> tuple[str, ...]:
 def _line(cells: Sequence[str], widths: Sequence[int], shown: Iterable[int]) -> str:
     return (
         "  "
-        + "  ".join(cells[i].rjust(widths[i]) if i in (3, 4) else cells[i].ljust(widths[i]) for i in shown).rstrip()
+        + "  ".join(cells[i].rjust(widths[i]) if i in (3, 4, 5) else cells[i].ljust(widths[i]) for i in shown).rstrip()
     )
 
 
@@ -227,7 +228,7 @@ def _details(model: dict[str, Any]) -> list[tuple[str, object]]:
         ("training data", model["training_data"]),
         ("starts from", ", ".join(model.get("starts_from", ()))),
         ("licence", model["licence"] + (f" ({model['licence_source']})" if model.get("licence_source") else "")),
-        ("gate", model["gate"] if model.get("released", True) else "no weights of this name were released"),
+        ("gate", model["gate"] if model["released"] else "no weights of this name were released"),
         ("weights", where),
         ("good for", model.get("good_for")),
         ("not for", model.get("not_for")),

@@ -70,7 +70,7 @@ class ModelFacts:
         image_size_px: Side of the input; 0: no image tower.
         tokenizer: Kind and vocabulary; empty: no text tower.
         context: Longest text in tokens; 0: not stated.
-        parameters: Number of weights; 0: not stated.
+        parameters: Number of weights as chiasm builds it, without heads that it does not use; 0: not counted.
         members: Files that are averaged (an ensemble), otherwise 1.
         licence: Of the weights, short.
         licence_source: Where that is printed.
