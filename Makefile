@@ -46,6 +46,7 @@ golden: peers
 	.venv-peers/bin/python tests/golden/make_tokens.py
 	.venv/bin/python tests/golden/make_conch.py
 	.venv/bin/python tests/golden/make_medclip.py
+	.venv/bin/python tests/golden/make_gloria.py
 
 bench: setup
 	$(BIN)/python benchmarks/loss.py

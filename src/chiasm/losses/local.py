@@ -78,7 +78,8 @@ def _text_similarity(context: Tensor, words: Tensor, pool: str, attention_scale:
     products = (seen * words).sum(2)
     cosines = products / (seen.norm(dim=2) * words.norm(dim=1)).clamp(min=_EPSILON)
     scaled = word_scale * cosines
-    return scaled.amax(1) if pool == "max" else scaled.logsumexp(1)
+    pooled: Tensor = scaled.amax(1) if pool == "max" else scaled.logsumexp(1)
+    return pooled
 
 
 def peer_word_counts(texts: Sequence[str], slots: int) -> Tensor:
