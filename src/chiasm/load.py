@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from chiasm import fetch
-from chiasm.checkpoints import huggingface, native, open_clip, openai
+from chiasm.checkpoints import huggingface, native, open_clip, openai, transformers_models
 from chiasm.checkpoints.containers import read_state_dict
 from chiasm.checkpoints.layouts import LAYOUTS, read_parts
 from chiasm.encoders.activation import activations_of, with_activation
@@ -285,7 +285,7 @@ def _read(path: Path, family: str | None, expected: EncoderConfig | None = None)
     if (path / open_clip.CONFIG_FILE).is_file():
         tensors, config = open_clip.read_model_dir(path)
     elif (path / "config.json").is_file():
-        tensors, config = huggingface.read_model_dir(path)
+        tensors, config = transformers_models.read_model_dir(path)
     else:
         raise CheckpointError(
             f"folder `{path.name}` holds no model",
