@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from chiasm.errors import ConfigError, InputError, SpaceMismatch, UnknownName
 from chiasm.tasks.prompts import LabelPrompts, PromptSet, PromptWarning, fill
-from chiasm.tasks.protocol import Protocol, Variant, get_protocol, protocols
+from chiasm.tasks.protocol import Protocol, Variant, get_protocol, protocols, protocols_for
 from chiasm.tasks.protocol_prompts import make_prompts
 from chiasm.tasks.protocol_run import choose_j, run_protocol, run_protocol_on_slides
 
@@ -120,6 +120,35 @@ def test_families() -> None:
     assert get_protocol("openai-imagenet").fits("openai/ViT-B-32")
     assert not get_protocol("openai-imagenet").fits("biomedclip", None)
     assert get_protocol("biovil-rsna").fits("BioViL-T")
+
+
+def test_protocols_of_a_model() -> None:
+    assert [p.name for p in protocols_for("chexzero")] == ["chexzero-chexpert14"]
+    assert {p.name for p in protocols_for("my-copy", "conch")} == {"conch", "conch-slides"}
+    assert protocols_for("uni", None) == ()
+
+
+def test_every_named_model_with_two_towers_knows_its_protocol() -> None:
+    from chiasm.encoders.catalog import CATALOG
+
+    without = {n for n in CATALOG.names() if CATALOG.get(n).config.sides == "both" and not protocols_for(n)}
+    assert without == set()
+
+
+def test_the_page_in_the_docs_is_the_data() -> None:
+    """`python tools/make_protocols_page.py` writes docs/protocols.md; correct the data, not the page."""
+    import importlib.util
+    from pathlib import Path
+
+    root = Path(__file__).parents[2]
+    spec = importlib.util.spec_from_file_location("make_protocols_page", root / "tools" / "make_protocols_page.py")
+    assert spec is not None
+    assert spec.loader is not None
+    page = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(page)
+    assert (root / "docs" / "protocols.md").read_text(encoding="utf-8") == page.render(), (
+        "run tools/make_protocols_page.py"
+    )
 
 
 def test_a_protocol_without_published_form_is_refused() -> None:

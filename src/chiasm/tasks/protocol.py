@@ -185,3 +185,8 @@ def get_protocol(name: str) -> Protocol:
     if name not in known:
         raise UnknownName("protocol", name, known, hint="`chiasm zero-shot --protocol list` lists them")
     return known[name]
+
+
+def protocols_for(*names: str | None) -> tuple[Protocol, ...]:
+    """Return the protocols that were published for a model, given its name and its family's."""
+    return tuple(p for p in protocols().values() if p.fits(*names))
