@@ -95,7 +95,7 @@ def _row(item: tuple[str, ModelFacts]) -> tuple[object, ...]:
 def _advice(row: Advice) -> tuple[object, ...]:
     reason = "" if row.overlap.level == "none known" else f": {row.overlap.reason}"
     first = row.figures[0] if row.figures else None
-    published = f"{first.metric} {first.value:.3f}, {first.task}" if first else ""
+    published = f"{first.metric} {first.value:.4g}, {first.task}" if first else ""
     return row.rank, f"`{row.model}`", row.verdict, row.why, f"*{row.overlap.short}*{reason}", published
 
 
@@ -111,7 +111,7 @@ def _model(name: str, facts: ModelFacts) -> str:
 
 def _figure(name: str, figure: Figure) -> tuple[object, ...]:
     data = load_datasets()[figure.on].name
-    return f"`{name}`", data, figure.task, figure.kind, figure.metric, f"{figure.value:.4f}".rstrip("0"), figure.source
+    return f"`{name}`", data, figure.task, figure.kind, figure.metric, f"{figure.value:.4g}", figure.source
 
 
 if __name__ == "__main__":

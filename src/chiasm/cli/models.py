@@ -168,12 +168,12 @@ def _print_ranking(target: str, rows: Sequence[Advice]) -> None:
 def _brief(row: Advice) -> str:
     """A name, with its first zero-shot score on the data set itself."""
     own = [f for f in row.figures if f.kind == "zero-shot" and row.verdict == "baseline"]
-    return f"{row.model} ({own[0].value:.3f})" if own else row.model
+    return f"{row.model} ({own[0].value:.4g})" if own else row.model
 
 
 def _say(figure: Any) -> str:
     kind = "" if figure.kind == "zero-shot" or figure.kind in figure.task else f", {figure.kind}"
-    return f"{figure.metric} {figure.value:.3f} on {figure.task}{kind} [{figure.source}]"
+    return f"{figure.metric} {figure.value:.4g} on {figure.task}{kind} [{figure.source}]"
 
 
 def _print_model(model: dict[str, Any], advice: Advice | None) -> None:
@@ -186,15 +186,15 @@ def _print_model(model: dict[str, Any], advice: Advice | None) -> None:
             _print_wrapped(str(value), " " * 18, first=f"  {label:<16}")
     for caveat in model.get("caveats", ()):
         _print_wrapped(caveat, " " * 18, first=f"  {'mind':<16}")
-    figures = [_figure(f) for f in model.get("figures", ())]
-    if figures:
+    sources: dict[str, list[str]] = {}
+    for figure in model["figures"] or ():
+        sources.setdefault(figure["source"], []).append(_figure(figure))
+    if sources:
         print("\n  published figures (not measured by chiasm)")
-        width = max(len(a) for a, _ in figures)
-        for text, source in figures:
-            if width + len(source) + 6 <= _width():
-                print(f"    {text:<{width}}  {source}")
-            else:
-                _print_wrapped(f"{text}  {source}", " " * 8, first=" " * 4)
+    for source, figures in sources.items():
+        _print_wrapped(source, " " * 6, first="    ")
+        for text in figures:
+            _print_wrapped(text, " " * 14, first=" " * 6)
     if advice is not None:
         print(f"\n  for {advice.target}: {advice.verdict}, rank {advice.rank}")
         _print_wrapped(advice.why, "    ")
@@ -236,6 +236,6 @@ def _details(model: dict[str, Any]) -> list[tuple[str, object]]:
     ]
 
 
-def _figure(figure: dict[str, Any]) -> tuple[str, str]:
+def _figure(figure: dict[str, Any]) -> str:
     kind = "" if figure["kind"] == "zero-shot" or figure["kind"] in figure["task"] else f", {figure['kind']}"
-    return f"{figure['value']:.3f}  {figure['metric']}{kind}: {figure['task']}", f"[{figure['source']}]"
+    return f"{figure['value']:<6.4g}  {figure['metric']}{kind}: {figure['task']}"
