@@ -45,6 +45,7 @@ from chiasm.train.optim import lock_parts
 from chiasm.train.pairs import OpenedPairs, PairTable, file_facts, open_pairs
 from chiasm.train.recipe import Recipe, TrainConfig, resolve_augment
 from chiasm.train.sources import ImageBatch, PairRows
+from chiasm.train.text_sources import with_text_files
 from chiasm.train.texts import TokenTable, sentence_views
 from chiasm.train.validation import Validation
 from chiasm.types import digest_of
@@ -223,7 +224,7 @@ def _build(recipe: Recipe, pairs: OpenedPairs) -> tuple[DualEncoder, Tokenizer]:
 
         encoder = load(expand_path(recipe.start, "start"), device=recipe.run.device)
         return prepare_for_training(encoder.model.train()), encoder.tokenizer
-    config = recipe.encoder_config()
+    config = with_text_files(recipe.encoder_config())
     spec = dict(config.tokenizer)
     if spec.pop("compact", False):
         texts = (v for t in pairs.train.texts for v in t.variants)
