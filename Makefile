@@ -47,6 +47,7 @@ golden: peers
 	.venv/bin/python tests/golden/make_conch.py
 	.venv/bin/python tests/golden/make_medclip.py
 	.venv/bin/python tests/golden/make_gloria.py
+	.venv/bin/python tests/golden/make_chexzero.py
 
 bench: setup
 	$(BIN)/python benchmarks/loss.py
