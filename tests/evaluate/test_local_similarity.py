@@ -199,6 +199,11 @@ def test_local_similarities_are_those_of_the_recipe(gloria: Encoder, pictures: l
     assert local_similarities(gloria, [], PROMPTS).shape == (0, 3)
 
 
+def test_a_prompt_of_one_word_is_refused_by_the_count_of_words(gloria: Encoder, pictures: list[Path]) -> None:
+    with pytest.raises(InputError, match="has no word left"):
+        local_similarities(gloria, pictures, ["mild edema", ""])
+
+
 def test_glorias_protocol_with_both_halves(gloria: Encoder, pictures: list[Path], tmp_path: Path) -> None:
     from functools import partial
 

@@ -122,6 +122,14 @@ def test_families() -> None:
     assert get_protocol("biovil-rsna").fits("BioViL-T")
 
 
+def test_protocols_run_without_torch() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, chiasm.tasks.protocol_run as r, chiasm.tasks.protocol as p; p.protocols(); assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_protocols_of_a_model() -> None:
     assert [p.name for p in protocols_for("chexzero")] == ["chexzero-chexpert14"]
     assert {p.name for p in protocols_for("my-copy", "conch")} == {"conch", "conch-slides"}
@@ -185,6 +193,9 @@ def test_biovil_averages_raw_vectors(images: Any, texts: Make) -> None:
     units = [unit(unit(np.stack([vector(t) for t in side])).mean(0)) for side in (label.positive, label.negative)]
     assert np.abs(result.logits[:, 0] - (seen @ units[0] - seen @ units[1])).max() > 0.01  # the trap
     assert result.logit_scale_source == "protocol"
+    scaled = run_protocol(protocol, images, texts(logit_scale=20.0, logit_bias=-10.0))  # a model's scale is not used
+    np.testing.assert_array_equal(scaled.logits, result.logits)
+    assert scaled.logit_bias is None
     with pytest.raises(InputError, match="raw"):
         run_protocol(protocol, images, texts(raw=False))
 

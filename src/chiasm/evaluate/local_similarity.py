@@ -162,6 +162,11 @@ def local_similarities(
         ]
         features = torch.cat([part[0] for part in parts]).float()
         counts = torch.cat([part[1] for part in parts])
+        if words == "words" and len(counts) and int(counts.min()) < 1:
+            raise InputError(
+                f"prompt `{texts[int(counts.argmin())]}` has no word left for the comparison: GLoRIA drops sentences of one word",
+                hint="give prompts of two words or more",
+            )
         if words == "characters":
             counts = peer_word_counts(texts, features.shape[1])
         for start in range(0, len(images), batch_size):

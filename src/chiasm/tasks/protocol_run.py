@@ -205,7 +205,8 @@ def _run_mean(
     classifier = build_classifier(prompts, embed_texts, unit_first=chosen.aggregator == "mean_embedding")
     if protocol.logit_scale == "model":
         return classify(images, classifier, mode=mode)
-    result = classify(images, replace(classifier, logit_bias=None), mode=mode, logit_scale=1.0)
+    bare = replace(images, logit_scale=None, logit_bias=None)
+    result = classify(bare, replace(classifier, logit_scale=None, logit_bias=None), mode=mode, logit_scale=1.0)
     return replace(result, logit_scale_source="protocol")
 
 
