@@ -1,7 +1,8 @@
-"""Check the installation, and with --model a model: versions, extras, sanity of its embeddings."""
+"""Check the installation, and with --model a model: its files, its keys, its embeddings, its recorded self-test."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,21 +12,20 @@ from chiasm.cli.output import CodeOption, DeviceOption, FamilyOption, JsonOption
 
 def run(
     model: Annotated[str | None, typer.Option("--model", "-m", help="A model to probe with phantoms.")] = None,
+    pretrained: Annotated[Path | None, typer.Option("--pretrained", help="With a name: the file or folder.")] = None,
     family: FamilyOption = None,
     device: DeviceOption = "cpu",
     allow_code: CodeOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Check and print; a check that is wrong makes the exit code 1."""
-    from chiasm.evaluate.doctor import check_environment, check_model, environment_checks
+    from chiasm.evaluate.doctor import check_environment, environment_checks, examine_model
 
     environment = check_environment()
     checks = environment_checks(environment)
     model_checks = []
     if model is not None:
-        from chiasm.load import load
-
-        model_checks = check_model(load(model, device=device, family=family, allow_code=allow_code))
+        model_checks = examine_model(model, device=device, family=family, pretrained=pretrained, allow_code=allow_code)
     everything = [*checks, *model_checks]
     if as_json:
         print_json({**environment, "checks": [c.to_dict() for c in everything]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import platform
@@ -9,13 +10,18 @@ import warnings
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from chiasm import __version__
+from chiasm.errors import ChiasmError
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from chiasm.encoders.base import Encoder
 
 #: Extra -> modules that it needs, for everything that is optional.
@@ -93,8 +99,44 @@ def environment_checks(environment: dict[str, Any]) -> list[Check]:
     return checks
 
 
+def examine_model(
+    model: str | Path,
+    *,
+    family: str | None = None,
+    pretrained: str | Path | None = None,
+    device: str = "cpu",
+    allow_code: bool = False,
+) -> list[Check]:
+    """Check the weights of a model, load it, probe it, and compare it with its recorded self-test.
+
+    Args:
+        model: See :func:`chiasm.load`.
+        family: See :func:`chiasm.load`.
+        pretrained: See :func:`chiasm.load`.
+        device: Where the weights go.
+        allow_code: See :func:`chiasm.load`.
+
+    Raises:
+        ChiasmError: The weights are absent, damaged or foreign; what can be told of them is in the message.
+    """
+    from chiasm.evaluate.self_test import check_self_test
+    from chiasm.evaluate.weight_checks import check_weights
+    from chiasm.load import load
+
+    checks = check_weights(model, family=family, pretrained=pretrained)
+    try:
+        encoder = load(model, device=device, family=family, pretrained=pretrained, allow_code=allow_code)
+    except ChiasmError as error:
+        if not any(c.state == "wrong" for c in checks):
+            raise
+        return [*checks, Check("load", "wrong", error.message, error.hint)]
+    checks += check_model(encoder)
+    verified = not any(c.state == "wrong" for c in checks)
+    return [*checks, check_self_test(encoder, verified=verified)]
+
+
 def check_model(encoder: Encoder, *, seed: int = 0) -> list[Check]:
-    """Probe an encoder with phantoms and sentences: finite, unit norm, same twice, not collapsed, scale in range.
+    """Probe an encoder with phantoms and sentences: finite, same twice, near copies near, not collapsed, scale in range.
 
     A *collapsed* space gives every image nearly the same vector: the mean cosine between different images exceeds
     0.999. A trained CLIP has a logit scale between 1 and 100 (OpenAI's clamp); a fresh one starts at 14.3.
@@ -105,41 +147,81 @@ def check_model(encoder: Encoder, *, seed: int = 0) -> list[Check]:
     phantoms = make_chest_phantoms(8, seed=seed, size_px=96)
     images = [_to_pil(a) for a in phantoms.images[:12]]
     texts = [s.text or "" for s in phantoms.samples[:12]]
-    first = np.asarray(encoder.encode(images, normalize_embeddings=True, show_progress_bar=False))
-    again = np.asarray(encoder.encode(images[:4], normalize_embeddings=True, show_progress_bar=False))
+    checks = [Check("space", "ok", str(encoder.space))]
+    vectors: dict[str, NDArray[np.float32]] = {}
+    repeated = []
     with warnings.catch_warnings():
         # A short context is no fault of the model, and the reports are only there to differ from each other.
         warnings.simplefilter("ignore", TruncationWarning)
-        words = np.asarray(encoder.encode(texts, normalize_embeddings=True, show_progress_bar=False))
-    checks = [Check("space", "ok", str(encoder.space))]
-    finite = bool(np.isfinite(first).all() and np.isfinite(words).all())
+        for name, items in (("images", images), ("texts", texts)):
+            if getattr(encoder.config, f"has_{name[:-1]}"):
+                vectors[name] = _encode(encoder, items)
+        if "images" in vectors:
+            repeated = [_encode(encoder, images[:4]), _encode(encoder, [_near_copy(i) for i in images[:4]])]
+    finite = all(bool(np.isfinite(v).all()) for v in vectors.values())
     checks.append(
         Check("finite", "ok" if finite else "wrong", "all numbers finite" if finite else "embeddings hold NaN or infinity",
               None if finite else "the weights are damaged; fetch or train them again")
     )  # fmt: skip
-    same = float(np.abs(first[:4] - again).max())
-    checks.append(
-        Check("repeatable", "ok" if same < 1e-4 else "wrong", f"same image in another batch differs by {same:.1e}")
-    )
-    for name, vectors in (("images", first), ("texts", words)):
-        cosines = vectors @ vectors.T
-        mean = float(cosines[~np.eye(len(cosines), dtype=bool)].mean())
+    if repeated:
+        same = float(np.abs(vectors["images"][:4] - repeated[0]).max())
+        checks.append(
+            Check("repeatable", "ok" if same < 1e-4 else "wrong", f"same image in another batch differs by {same:.1e}")
+        )
+    means = {}
+    for name, found in vectors.items():
+        cosines = found @ found.T
+        means[name] = mean = float(cosines[~np.eye(len(cosines), dtype=bool)].mean())
         spread = mean <= 0.999  # false for NaN, too
         checks.append(
             Check(f"spread of {name}", "ok" if spread else "wrong", f"mean cosine between different {name} {mean:.3f}",
                   None if spread else "all vectors are the same: wrong preprocessing, or a tower that never trained")
         )  # fmt: skip
+    if repeated:
+        near = float((vectors["images"][:4] * repeated[1]).sum(axis=1).min())
+        close = near >= max(0.9, means["images"])
+        checks.append(
+            Check("near copies", "ok" if close else "note", f"cosine of an image and its JPEG copy at least {near:.3f}",
+                  None if close else "a copy is no nearer than another image: wrong preprocessing, or untrained weights")
+        )  # fmt: skip
+    return [*checks, *_declared(encoder)]
+
+
+def _encode(encoder: Encoder, items: list[Any]) -> NDArray[np.float32]:
+    return np.asarray(encoder.encode(items, normalize_embeddings=True, show_progress_bar=False))
+
+
+def _declared(encoder: Encoder) -> list[Check]:
+    """The scale, and what is assumed because no weight file states it."""
+    from chiasm.encoders.activation import activations_of
+
+    checks = []
     scale = encoder.logit_scale
-    in_range = scale is not None and math.isfinite(scale) and 1.0 <= scale <= 100.0 + 1e-3
-    checks.append(
-        Check("logit scale", "ok" if in_range else "note", f"multiplier {scale:.2f}" if scale is not None else "none",
-              None if in_range else "outside 1..100: was a logarithm stored as the multiplier?")
-    )  # fmt: skip
-    activation = encoder.config.image.activation if encoder.config.image.kind == "vit" else None
-    if activation:
-        checks.append(Check("activation", "ok", f"{activation} (from the model's configuration)"))
-    checks.append(Check("preprocessing", "ok", str(encoder.preprocess_spec.to_dict())))
+    if encoder.config.sides == "both" and encoder.config.scale == "learned":
+        in_range = scale is not None and math.isfinite(scale) and 1.0 <= scale <= 100.0 + 1e-3
+        checks.append(
+            Check("logit scale", "ok" if in_range else "note", f"multiplier {scale:.2f}" if scale is not None else "none",
+                  None if in_range else "outside 1..100: was a logarithm stored as the multiplier?")
+        )  # fmt: skip
+    else:
+        checks.append(Check("logit scale", "ok", "this model was published without one"))
+    checks.append(Check("activation", "ok", activations_of(encoder.config)))
+    if encoder.config.has_image:
+        checks.append(Check("preprocessing", "ok", str(encoder.preprocess_spec.to_dict())))
+    if encoder.config.has_text:
+        kind = encoder.config.tokenizer.get("kind", "clip")
+        checks.append(Check("tokenizer", "ok", f"{kind}, {encoder.config.text.context_length} tokens"))
     return checks
+
+
+def _near_copy(image: Image) -> Image:
+    """The image after a JPEG of good quality."""
+    from PIL import Image as Pillow
+
+    file = io.BytesIO()
+    image.convert("RGB").save(file, format="JPEG", quality=92)
+    with Pillow.open(file) as copy:
+        return copy.convert(image.mode)
 
 
 def _to_pil(array: Any) -> Any:
