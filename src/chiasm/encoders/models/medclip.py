@@ -7,6 +7,8 @@ al. 2022, "MedCLIP: Contrastive learning from unpaired medical images and text".
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from chiasm.encoders.base import EncoderConfig, ImageTowerConfig, ProjectionConfig, TextTowerConfig
 from chiasm.encoders.entry import CatalogEntry, WeightSource
 from chiasm.types import Preprocess
@@ -32,23 +34,35 @@ def _medclip(image: ImageTowerConfig) -> EncoderConfig:
     )
 
 
-_SOURCE = "RyanWangZf/MedCLIP medclip/constants.py"
+def with_masked_mean(config: EncoderConfig) -> EncoderConfig:
+    """Return MedCLIP with a text tower that leaves padding out, so that a text has one vector: not the published one."""
+    return replace(config, text=replace(config.text, options={**config.text.options, "masked_mean": True}))
+
+
+def _entries(name: str, config: EncoderConfig, file: str, aliases: tuple[str, ...]) -> tuple[CatalogEntry, ...]:
+    url = f"https://storage.googleapis.com/pytrial/{file}"
+    published = CatalogEntry(
+        name=name,
+        config=config,
+        aliases=aliases,
+        layout="medclip",
+        weights=WeightSource("RyanWangZf/MedCLIP medclip/constants.py", url=url),
+    )
+    corrected = replace(
+        published,
+        name=f"{name}-masked",
+        config=with_masked_mean(config),
+        aliases=(),
+        description="MedCLIP whose text vectors leave padding out: other vectors than the published ones",
+    )
+    return published, corrected
+
+
+_SWIN = ImageTowerConfig(
+    kind="huggingface", source="microsoft/swin-tiny-patch4-window7-224", options={"config": _SWIN_TINY}
+)
+_RESNET = ImageTowerConfig(kind="named", source="classic_resnet")
 ENTRIES = (
-    CatalogEntry(
-        name="medclip-swin",
-        config=_medclip(
-            ImageTowerConfig(
-                kind="huggingface", source="microsoft/swin-tiny-patch4-window7-224", options={"config": _SWIN_TINY}
-            )
-        ),
-        aliases=("medclip", "medclip-vit"),
-        layout="medclip",
-        weights=WeightSource(_SOURCE, url="https://storage.googleapis.com/pytrial/medclip-vit-pretrained.zip"),
-    ),
-    CatalogEntry(
-        name="medclip-resnet",
-        config=_medclip(ImageTowerConfig(kind="named", source="classic_resnet")),
-        layout="medclip",
-        weights=WeightSource(_SOURCE, url="https://storage.googleapis.com/pytrial/medclip-pretrained.zip"),
-    ),
+    *_entries("medclip-swin", _medclip(_SWIN), "medclip-vit-pretrained.zip", ("medclip", "medclip-vit")),
+    *_entries("medclip-resnet", _medclip(_RESNET), "medclip-pretrained.zip", ()),
 )
