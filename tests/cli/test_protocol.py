@@ -120,6 +120,36 @@ def test_slides(chiasm: Run, model_dir: Path, tiles: Path, tmp_path: Path) -> No
     assert "no truth of slides" in chiasm(*words, "--truth", "stain", code=1)
 
 
+@pytest.mark.filterwarnings("ignore::chiasm.evaluate.scores.InvertedScoreWarning")
+def test_validation_slides_choose_the_number_of_tiles(
+    chiasm: Run, model_dir: Path, tiles: Path, tmp_path: Path
+) -> None:
+    with tiles.open() as file:
+        rows = list(csv.DictReader(file))
+    table = tmp_path / "split.csv"
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], "split"])
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({**row, "split": "val" if row["slide"] in ("s0", "s1") else "test"})
+    (tmp_path / "p.json").write_text('{"adeno": ["adenocarcinoma"], "squamous": ["squamous cell carcinoma"]}')
+    words = (
+        "zero-shot", "--table", table, "--protocol", "conch-slides", "--labels-file", tmp_path / "p.json", "--model",
+        model_dir, "--truth", "diagnosis",
+    )  # fmt: skip
+    record = chiasm(*words, "--split", "test", "--choose-on", "val", "--json")
+    validation = chiasm(*words, "--split", "val", "--json")["by_tiles"]
+    by_j = {int(j): found["scores"]["balanced_accuracy"]["value"] for j, found in validation.items()}
+    best = min(by_j, key=lambda j: (-by_j[j], j))
+    assert list(record["by_tiles"]) == [str(best)]
+    assert [i["id"] for i in record["by_tiles"][str(best)]["images"]] == ["s2", "s3"]
+    assert any(
+        f"{best} tiles were chosen on the slides of split `val`" in n for n in record["by_tiles"][str(best)]["notes"]
+    )
+    assert "lie in both splits" in chiasm(*words, "--choose-on", "val", code=1)
+    assert "name `--truth`" in chiasm(*words[:-2], "--split", "test", "--choose-on", "val", code=1)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

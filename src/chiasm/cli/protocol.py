@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chiasm.cli.output import print_json, print_table
-from chiasm.errors import InputError
+from chiasm.errors import InputError, LeakageError
 from chiasm.types import Sample
 
 if TYPE_CHECKING:
     from chiasm.encoders.base import Encoder
+    from chiasm.evaluate.scores import ZeroShotScores
     from chiasm.tasks.prompts import PromptSet
     from chiasm.tasks.protocol import Protocol
     from chiasm.tasks.protocol_prompts import ProtocolPrompts
@@ -214,3 +216,79 @@ def slide_samples(samples: Sequence[Sample], column: str) -> list[Sample]:
                 hint="name a column that is constant within a slide",
             )
     return list(slides.values())
+
+
+def score_all(
+    results: Mapping[int, ZeroShotResult], samples: Sequence[Sample], column: str, seed: int
+) -> dict[int, ZeroShotScores]:
+    """Return the scores of every result against a column of the samples (of slides, where slides are classified)."""
+    from chiasm.cli.inputs import truth_columns
+    from chiasm.evaluate.scores import score_zero_shot
+
+    kept = {s.id: s for s in samples}
+    scores = {}
+    for j, result in results.items():
+        columns = truth_columns([kept[i] for i in result.ids], column, result.labels)
+        scores[j] = score_zero_shot(result, columns, seed=seed)
+    return scores
+
+
+def check_choice(question: Question, held: Sequence[Sample], rows: Sequence[Sample], truth: str | None) -> None:
+    """Raise unless the slides of one split can choose the number of tiles for those of another.
+
+    Raises:
+        InputError: No slides are classified, or no truth is named.
+        LeakageError: A patient or a slide lies in both splits.
+    """
+    if not question.pools or truth is None:
+        raise InputError(
+            "`--choose-on` chooses how many tiles stand for a slide, by the truth of a validation split",
+            hint="use a protocol for slides, and name `--truth`",
+        )
+    shared = {s.group for s in held} & {s.group for s in rows}
+    shared |= {slide_of(s) for s in held} & {slide_of(s) for s in rows}
+    if shared:
+        raise LeakageError(
+            f"{len(shared)} patients or slides lie in both splits, so the choice would know what it is judged by",
+            hint="name two splits with `--split` and `--choose-on`",
+        )
+
+
+def choose_tiles(
+    question: Question,
+    encoder: Encoder,
+    results: Mapping[int, ZeroShotResult],
+    held: Sequence[Sample],
+    split: str,
+    *,
+    truth: str,
+    batch_size: int = 32,
+    seed: int = 0,
+) -> dict[int, ZeroShotResult]:
+    """Return the result for the number of tiles with the best balanced accuracy on validation slides.
+
+    Args:
+        question: From :func:`read_question`.
+        encoder: The model.
+        results: One for every number of tiles, of other slides.
+        held: Tiles of the validation slides; see :func:`check_choice`.
+        split: Their split, for the record.
+        truth: Column of the class.
+        batch_size: Images or texts per forward pass.
+        seed: Of the bootstrap.
+    """
+    from chiasm.embed import embed_images
+    from chiasm.tasks.protocol import ProtocolWarning
+    from chiasm.tasks.protocol_run import choose_j
+
+    images = embed_images(encoder, held, batch_size=batch_size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ProtocolWarning)  # it was said for the slides that are reported
+        validation = answer(question, encoder, images, held, names=(encoder.name,), batch_size=batch_size)
+    found = {}
+    for j, scores in score_all(validation, slide_samples(held, truth), truth, seed).items():
+        if scores.balanced_accuracy is not None:
+            found[j] = scores.balanced_accuracy.value
+    best = choose_j(found)
+    note = f"{best} tiles were chosen on the slides of split `{split}`, by balanced accuracy ({found[best]:.3f} there)"
+    return {best: replace(results[best], notes=(*results[best].notes, note))}

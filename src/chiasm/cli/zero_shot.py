@@ -47,6 +47,9 @@ def run(
     variant: Annotated[
         str, typer.Option("--variant", help="Of the protocol: published, corrected, or another of its own.")
     ] = "published",
+    choose_on: Annotated[
+        str | None, typer.Option("--choose-on", help="Split whose slides choose the number of tiles (with --split).")
+    ] = None,
     multi: Annotated[
         bool, typer.Option("--multi", help="Any number of labels can be true (positive/negative pairs).")
     ] = False,
@@ -68,36 +71,39 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Embed, classify, print; score when the truth is named."""
+    from chiasm.cli import protocol as by_protocol
     from chiasm.cli.inputs import load_encoder, read_images, truth_columns
-    from chiasm.cli.protocol import LIST, answer, print_protocols, read_question, slide_samples
     from chiasm.embed import embed_images
-    from chiasm.evaluate.scores import score_zero_shot
     from chiasm.io.manifest import RejectLog, write_bytes_atomic
 
-    if protocol == LIST:
-        print_protocols(as_json)
+    if protocol == by_protocol.LIST:
+        by_protocol.print_protocols(as_json)
         return
-    question = read_question(protocol, variant, labels, labels_file, multi=multi, template=template, seed=seed)
+    question = by_protocol.read_question(
+        protocol, variant, labels, labels_file, multi=multi, template=template, seed=seed
+    )
     if truth is not None and table is None:
         raise InputError("`--truth` names a column, but no table was given", hint="add `--table t.csv`")
     rows = read_images(images, table, group=group, columns=column, root=root, split=split)
-    units = slide_samples(rows.samples, truth or "") if question.pools else rows.samples
+    units = by_protocol.slide_samples(rows.samples, truth or "") if question.pools else rows.samples
     if truth is not None:
         truth_columns(units, truth, question.prompts.names)  # a wrong column fails before the images are embedded
+    if choose_on is not None:
+        held = read_images(images, table, group=group, columns=column, root=root, split=choose_on).samples
+        by_protocol.check_choice(question, held, rows.samples, truth)
     encoder = load_encoder(model, device=device, family=family, allow_code=allow_code)
     rejects = RejectLog(rows.rejected)
     embedded = embed_images(
         encoder, rows.samples, batch_size=batch_size, rejects=rejects, progress=make_progress(as_json, unit="images")
     )
-    results = answer(question, encoder, embedded, rows.samples, names=(model, family), batch_size=batch_size)
+    names = (model, family)
+    results = by_protocol.answer(question, encoder, embedded, rows.samples, names=names, batch_size=batch_size)
+    if choose_on is not None:
+        options: dict[str, Any] = {"truth": truth, "batch_size": batch_size, "seed": seed}
+        results = by_protocol.choose_tiles(question, encoder, results, held, choose_on, **options)
     if out is not None:  # before the scoring, which may find the truth unusable
         write_bytes_atomic(out, _csv(results).encode())
-    scores: dict[int, ZeroShotScores] = {}
-    if truth is not None:
-        kept = {s.id: s for s in units}
-        for j, result in results.items():
-            columns = truth_columns([kept[i] for i in result.ids], truth, question.prompts.names)
-            scores[j] = score_zero_shot(result, columns, seed=seed)
+    scores = {} if truth is None else by_protocol.score_all(results, units, truth, seed)
     if as_json:
         about = {"data": rows.name, "rejected": len(rejects), "reasons": rejects.counts()}
         documents = {j: _document(result, scores.get(j)) for j, result in results.items()}
