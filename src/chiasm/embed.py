@@ -199,7 +199,12 @@ def embed_to_store(
     present: dict[str, int] = dict.fromkeys(todo, 0)
     truncated = 0
     metadata = StoreMetadata(
-        encoder.space, True, encoder.logit_scale, encoder.logit_bias, encoder.preprocess_spec.to_dict()
+        encoder.space,
+        True,
+        encoder.logit_scale,
+        encoder.logit_bias,
+        encoder.preprocess_spec.to_dict(),
+        members=encoder.members,
     )
     with create_store(path, metadata, exist_ok=resume) as store:
         store.lock()
@@ -423,6 +428,7 @@ def _embeddings(
         normalized=True,
         logit_scale=encoder.logit_scale,
         logit_bias=encoder.logit_bias,
+        members=encoder.members,
         texts=column(s.text for s in samples),
         paths=column(None if s.image is None else str(s.image) for s in samples),
         patients=column(s.patient or s.slide or s.study for s in samples),

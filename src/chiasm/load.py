@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +30,7 @@ from chiasm.encoders.base import Encoder, EncoderConfig
 from chiasm.encoders.build import build_encoder_model
 from chiasm.encoders.catalog import ARCHITECTURES, CATALOG, CatalogEntry
 from chiasm.encoders.dual import DualEncoder
+from chiasm.encoders.ensemble import join_members
 from chiasm.encoders.fill import filled_model
 from chiasm.errors import CheckpointError, ConfigError, InputError, UnknownName
 
@@ -56,7 +57,7 @@ class _Source:
 
 
 def load(
-    name_or_path: str | Path,
+    name_or_path: str | Path | Sequence[str | Path],
     *,
     device: str | torch.device = "cpu",
     allow_code: bool = False,
@@ -69,6 +70,7 @@ def load(
     Args:
         name_or_path: A name (``openai/ViT-B-32``; ``chiasm models`` lists them), a model folder, a weight file,
             ``hf-hub:org/repo[@revision]`` or ``open_clip:NAME/TAG``. What is absent is downloaded (``chiasm.fetch``).
+            Several of one kind are an ensemble, whose cosines are the mean of its members' (CheXzero's ten files).
         device: Where the weights go.
         allow_code: Whether a tower that a model folder names as ``package.module:factory`` may be imported and run.
         pretrained: With a name: the weight file or folder, or the tag ``openai`` (with open_clip's names any of its
@@ -85,17 +87,18 @@ def load(
 
     Raises:
         UnknownName: No model of that name, or no such family.
-        InputError: This machine has no such device.
+        InputError: This machine has no such device; an ensemble of different models, or of one twice.
         CheckpointError: Weights absent, foreign, damaged, or not those of the model; nothing in a file is run.
         ConfigError: A tower is code and ``allow_code`` is false, or an unknown ``activation``.
     """
     if activation is not None and family is None:
-        family = _family_of(name_or_path, activation)
+        first = name_or_path if isinstance(name_or_path, (str, Path)) else next(iter(name_or_path), "")
+        family = _family_of(first, activation)
     if family is not None and family not in openai.FAMILIES and CATALOG.find(family) is None:
         known = [*openai.FAMILIES, *CATALOG.names()]
         raise UnknownName("family", family, known, hint="`openai`, `open_clip`, or a name that `chiasm models` lists")
     place = _device(device)
-    source = _find(name_or_path, pretrained, family)
+    source = _find_all(name_or_path, pretrained, family)
     if activation is not None:
         source = replace(source, config=with_activation(source.config, activation))
     _log.info("`%s`: %s", source.name, activations_of(source.config))
@@ -123,6 +126,22 @@ def _device(device: str | torch.device) -> torch.device:
     if place.type == "mps" and not torch.backends.mps.is_available():
         raise InputError("device `mps` is not here: this machine or this torch has no Metal", hint="use `cpu`")
     return place
+
+
+def _find_all(names: str | Path | Sequence[str | Path], pretrained: str | Path | None, family: str | None) -> _Source:
+    """One model, or several side by side."""
+    if isinstance(names, (str, Path)):
+        return _find(names, pretrained, family)
+    if pretrained is not None:
+        raise InputError("`pretrained` goes with one name, but several were given", hint="give the files themselves")
+    if len({_home(str(name)).resolve() for name in names}) < len(names):
+        raise InputError("an ensemble names the same model twice", hint="give each of its files once")
+    found = [_find(name, None, family) for name in names]
+    if len(found) == 1:
+        return found[0]
+    if any(s.config.members for s in found):
+        raise InputError("an ensemble cannot hold another one", hint="give the files of all members")
+    return _Source(*join_members([(s.name, s.config, s.tensors) for s in found]))
 
 
 def _find(name_or_path: str | Path, pretrained: str | Path | None, family: str | None) -> _Source:

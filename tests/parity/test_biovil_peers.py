@@ -16,11 +16,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from chiasm.data.transforms import image_transform
 from chiasm.encoders.base import Encoder, EncoderConfig
 from chiasm.encoders.catalog import CATALOG
 from chiasm.encoders.named import tower_options
 from chiasm.errors import InputError
 from chiasm.load import load
+from chiasm.testing import make_test_images
 
 pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("default")]
 
@@ -60,6 +62,7 @@ def peer() -> Any:
     sys.modules["skimage"].io = types.ModuleType("io")  # type: ignore[attr-defined]
     try:
         model = pytest.importorskip("health_multimodal.image.model.model", reason="hi-ml-multimodal is not installed")
+        from health_multimodal.image.data import io, transforms
         from health_multimodal.image.model import encoder, resnet
         from health_multimodal.text import model as text
     finally:
@@ -71,7 +74,7 @@ def peer() -> Any:
         return found
 
     encoder.resnet50 = small_resnet
-    return types.SimpleNamespace(image=model, text=text)
+    return types.SimpleNamespace(image=model, text=text, io=io, transforms=transforms)
 
 
 def randomise(model: nn.Module, seed: int) -> None:
@@ -213,3 +216,24 @@ def test_texts_agree(peer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         assert error(text.cls_projection_head(hidden.mean(1)), expected) > 10 * TIGHT
     with pytest.raises(InputError, match="longer than 40 tokens, which this model refuses"):
         encoder.encode_text("no pneumonia " * 30)
+
+
+@pytest.mark.parametrize(("name", "crop"), [("biovil", 480), ("biovil-t", 448)])
+def test_pixels_agree(peer: Any, name: str, crop: int) -> None:
+    import numpy as np
+    from PIL import Image
+
+    preprocess = CATALOG.get(name).config.preprocess
+    theirs = peer.transforms.create_chest_xray_transform_for_inference(512, crop)
+    for i, image in enumerate(make_test_images(4)):
+        grey = image.convert("L") if i % 2 else image
+        values = np.asarray(grey) // 2 + 30  # does not fill the range
+        expected = theirs(Image.fromarray(peer.io.remap_to_uint8(values)).convert("L"))
+        picture = Image.fromarray(values)
+        assert torch.equal(image_transform(preprocess)(picture), expected)
+        # Mistakes: another filter, the crop's size for the resize, the range as it is, OpenAI's statistics.
+        for wrong in (
+            {"interpolation": "bicubic"}, {"resize_size": None}, {"stretch": None}, {"mean": (0.48,) * 3},
+        ):  # fmt: skip
+            different = image_transform(replace(preprocess, **wrong))(picture)  # type: ignore[arg-type]
+            assert float((different - expected).abs().max()) >= 0.99 / 255, wrong  # ours agrees to the bit

@@ -88,9 +88,14 @@ def read_parts(path: str | Path, layout: Layout) -> dict[str, Tensor]:
 def _read_first(folder: Path, candidates: Sequence[str]) -> Mapping[str, Tensor]:
     """The tensors of the first file of a folder that fits a pattern, or of the shards that an index of it lists."""
     for pattern in candidates:
-        file = next((f for f in sorted(folder.glob(pattern)) if f.is_file()), None)
-        if file is not None:
-            return read_state_dict(file).tensors
+        files = sorted(f for f in folder.glob(pattern) if f.is_file())
+        if len(files) > 1:
+            raise CheckpointError(
+                f"folder `{folder.name}` holds {len(files)} weight files: `{files[0].name}`, `{files[1].name}` …",
+                hint="give one of them, or a list of them for an ensemble",
+            )
+        if files:
+            return read_state_dict(files[0]).tensors
         if (folder / f"{pattern}.index.json").is_file():
             return read_weights(folder, (pattern,))
     raise CheckpointError(f"folder `{folder.name}` lacks weights", hint=f"expected one of: {', '.join(candidates)}")

@@ -241,4 +241,10 @@ def load_encoder(model: str, *, device: str, family: str | None, allow_code: boo
 
     if not model:
         raise InputError("no model was named", hint="--model NAME or --model FOLDER; `chiasm models` lists names")
+    if "*" in model and not Path(model).exists():
+        pattern = Path(model).expanduser()
+        several = sorted(p for p in pattern.parent.glob(pattern.name) if p.is_file())
+        if not several:
+            raise InputError(f"no file fits `{pattern.name}`", hint="check the folder, and quote the pattern")
+        return load(several, device=device, family=family, allow_code=allow_code)
     return load(model, device=device, family=family, allow_code=allow_code)

@@ -64,4 +64,5 @@ def _raw(encoder: Encoder, inputs: Sequence[Any], ids: Sequence[str], modality: 
         normalized=False,
         logit_scale=encoder.logit_scale,
         logit_bias=encoder.logit_bias,
+        members=encoder.members,
     )

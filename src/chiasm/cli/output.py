@@ -19,7 +19,10 @@ from chiasm.progress import Progress, RichProgress, SilentProgress
 P = ParamSpec("P")
 
 ModelOption = Annotated[
-    str, typer.Option("--model", "-m", help="A name from `chiasm models`, or a model file or folder.")
+    str,
+    typer.Option(
+        "--model", "-m", help="A name from `chiasm models`, a model file or folder, 'FILES*' for an ensemble."
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps.")]

@@ -405,6 +405,7 @@ class EncoderConfig:
         sides: ``both``; or ``image`` or ``text`` for a backbone of which the other side does not exist (its declaration
             is ignored).
         scale: ``learned``, or ``none`` for a model that was published without a logit scale.
+        members: How many models of this kind stand side by side (``encoders.ensemble``); None: one.
     """
 
     image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
@@ -416,6 +417,7 @@ class EncoderConfig:
     preprocess: Preprocess = field(default_factory=Preprocess)
     sides: Literal["both", "image", "text"] = "both"
     scale: Literal["learned", "none"] = "learned"
+    members: int | None = None
 
     def __post_init__(self) -> None:
         _check(
@@ -429,12 +431,18 @@ class EncoderConfig:
             "preprocess.size",
             f"is {self.preprocess.size}, but `image.image_size` is {self.image.image_size}",
         )
+        _check(self.members is None or self.members >= 2, "members", f"must be at least 2, got {self.members}")
         context = self.tokenizer.get("context_length", self.text.context_length)
         _check(
             not self.has_text or context == self.text.context_length,
             "tokenizer.context_length",
             f"is {context}, but `text.context_length` is {self.text.context_length}",
         )
+
+    @property
+    def dim(self) -> int:
+        """Dimensions of the vectors: those of the joint space, of all members."""
+        return self.projection.dim * (self.members or 1)
 
     @property
     def has_image(self) -> bool:

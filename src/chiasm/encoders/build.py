@@ -52,6 +52,13 @@ def build_encoder_model(
         raise ConfigError("a model with a foreign tower cannot be built on the `meta` device", hint="build it on `cpu`")
     if seed is None:
         seed = int(torch.randint(2**62, ()))
+    if config.members is not None:
+        from chiasm.encoders.ensemble import EnsembleModel
+
+        one = replace(config, members=None)
+        seeds = range(seed, seed + config.members)
+        models = [build_encoder_model(one, allow_code=allow_code, seed=s, device=device, draw=draw) for s in seeds]
+        return EnsembleModel(models, config).train()
     visual = text = None
     with torch.random.fork_rng(devices=[]), nullcontext() if draw else _NoDraws():
         torch.manual_seed(seed)

@@ -79,8 +79,13 @@ class Encoder:
 
     @property
     def dim(self) -> int:
-        """Dimensions of the joint space."""
-        return self.config.projection.dim
+        """Dimensions of the joint space; of an ensemble those of all its members."""
+        return self.config.dim
+
+    @property
+    def members(self) -> int:
+        """How many models stand side by side in a vector: 1, unless this is an ensemble."""
+        return self.config.members or 1
 
     @property
     def device(self) -> torch.device:
@@ -207,7 +212,8 @@ class Encoder:
         """Return the embeddings of texts and images, mixed at will, in the order given.
 
         The arguments are those of sentence-transformers, by name. A ``str`` is a text, also when it looks like a path;
-        an image is a ``PIL.Image`` or a ``pathlib.Path``. Texts are batched by length, which does not change them.
+        an image is a ``PIL.Image`` or a ``pathlib.Path``. Texts are batched by length, which does not change them
+        (but with MedCLIP: its vectors depend on the longest text of a batch).
 
         Args:
             inputs: One item, or a sequence of items.

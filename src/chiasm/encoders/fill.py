@@ -60,9 +60,9 @@ def _check_declaration(config: EncoderConfig, tensors: Mapping[str, Tensor]) -> 
     elements = sum(t.numel() for t in tensors.values())
     layers: list[object] = [config.text.layers, config.image.layers]
     for tower in (config.image, config.text):
-        if tower.kind != "huggingface":
+        if tower.kind not in ("huggingface", "named"):
             continue
-        stated = tower.options.get("config")
+        stated = tower.options.get("config") if tower.kind == "huggingface" else tower.options
         try:
             values = json.loads(stated) if isinstance(stated, str) else stated
         except ValueError:
@@ -73,6 +73,7 @@ def _check_declaration(config: EncoderConfig, tensors: Mapping[str, Tensor]) -> 
         sizes = [v for k, v in values.items() if isinstance(v, int) and not k.endswith("_id")]
         if max(sizes, default=0) > max(elements, 10_000):
             raise CheckpointError(f"the model states sizes beyond the {elements:,} numbers in its weights")
+    layers.append(config.members)
     depths = [n for item in layers for n in (item if isinstance(item, (list, tuple)) else [item])]
     deepest = max((n for n in depths if isinstance(n, int)), default=0)
     if deepest > max(count, 100):

@@ -244,6 +244,7 @@ def _embeddings(
         normalized=False,
         logit_scale=metadata.logit_scale,
         logit_bias=metadata.logit_bias,
+        members=metadata.members,
         texts=text_column("caption"),
         paths=text_column("image_path"),
         patients=text_column("patient"),

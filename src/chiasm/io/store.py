@@ -52,6 +52,7 @@ class StoreMetadata:
         logit_bias: Added after the scale (SigLIP).
         preprocess: The preprocessing behind the digest of the space, for people.
         chiasm_version: Of the writer.
+        members: Models that stand side by side in a vector; 1 is left out of the file.
     """
 
     space: Space
@@ -60,16 +61,20 @@ class StoreMetadata:
     logit_bias: float | None = None
     preprocess: Mapping[str, Any] = field(default_factory=dict)
     chiasm_version: str = chiasm.__version__
+    members: int = 1
 
     @classmethod
     def of(cls, embeddings: Embeddings, *, preprocess: Mapping[str, Any] | None = None) -> Self:
         """Return the metadata of a store that starts with these embeddings."""
         e = embeddings
-        return cls(e.space, e.normalized, e.logit_scale, e.logit_bias, dict(preprocess or {}))
+        return cls(e.space, e.normalized, e.logit_scale, e.logit_bias, dict(preprocess or {}), members=e.members)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return {**dataclasses.asdict(self), "space": self.space.to_dict(), "preprocess": dict(self.preprocess)}
+        values = {**dataclasses.asdict(self), "space": self.space.to_dict(), "preprocess": dict(self.preprocess)}
+        if self.members == 1:
+            del values["members"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -216,6 +221,7 @@ class EmbeddingStore:
             normalized=m.normalized,
             logit_scale=m.logit_scale,
             logit_bias=m.logit_bias,
+            members=m.members,
             texts=_column(rest, "text"),
             paths=_column(rest, "path"),
             patients=_column(rest, "patient"),
