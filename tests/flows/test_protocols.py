@@ -109,6 +109,28 @@ def test_medclip_pads_each_class_to_its_own_longest_prompt(small: Make, pictures
     np.testing.assert_allclose(run("corrected", batch_size=1), single, rtol=1e-5, atol=1e-5)
 
 
+def test_chexzero_averages_the_probabilities_of_its_members(pictures: list[Path]) -> None:
+    from chiasm.encoders.ensemble import EnsembleModel
+    from chiasm.testing import TinyEncoder
+
+    singles = [TinyEncoder(seed) for seed in range(3)]
+    config = replace(singles[0].config, members=3)
+    encoder = Encoder(EnsembleModel([s.model for s in singles], config), config, name="chexzero-x3")
+    protocol = get_protocol("chexzero-chexpert14")
+    made = make_prompts(protocol, ["Edema", "Fracture"])
+
+    def run(of: Encoder) -> np.ndarray:
+        return run_protocol(protocol, embed_images(of, pictures), partial(embed_texts, of), prompts=made).probabilities
+
+    each = np.stack([run(single) for single in singles])
+    np.testing.assert_allclose(run(encoder), each.mean(0), atol=1e-6)
+    for k, single in enumerate(singles):  # one member by plain loops
+        image = unit(np.asarray(single.encode(pictures)))
+        cosines = [image @ unit(single.encode_text([text])[0].numpy()) for text in ("Edema", "no Edema")]
+        expected = np.exp(cosines[0]) / (np.exp(cosines[0]) + np.exp(cosines[1]))
+        np.testing.assert_allclose(each[k][:, 0], expected, atol=1e-6)
+
+
 def test_biovil_averages_its_own_raw_vectors(small: Make, pictures: list[Path]) -> None:
     encoder = small("biovil")
     protocol = get_protocol("biovil-rsna")
