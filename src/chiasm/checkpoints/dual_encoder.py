@@ -86,8 +86,9 @@ def _renamed_by_transformers(
 
     untyped: Any = logging
     library: Any = transformers
-    level = untyped.get_verbosity()
+    level, bars = untyped.get_verbosity(), untyped.is_progress_bar_enabled()
     untyped.set_verbosity_error()
+    untyped.disable_progress_bar()
     try:
         config = library.VisionTextDualEncoderConfig.from_dict(dict(stated))
         for part in (config, config.vision_config, config.text_config):
@@ -99,6 +100,8 @@ def _renamed_by_transformers(
         raise CheckpointError(f"`{folder}` is no dual encoder that transformers knows: {error}") from error
     finally:
         untyped.set_verbosity(level)
+        if bars:
+            untyped.enable_progress_bar()
     for what, problem in (("missing_keys", "lack"), ("unexpected_keys", "have besides"), ("mismatched_keys", "misfit")):
         names = sorted(str(name) for name in info.get(what) or () if "position_ids" not in str(name))
         if names:

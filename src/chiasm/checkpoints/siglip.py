@@ -186,7 +186,9 @@ def _tokenizer(directory: Path, context: int) -> dict[str, Any]:
     result: dict[str, Any] = {"kind": "huggingface", "source": str(directory), "context_length": context}
     file = directory / "tokenizer_config.json"
     stated = read_json(file) if file.is_file() else {}
-    if stated.get("tokenizer_class", "SiglipTokenizer") == "SiglipTokenizer":
+    if isinstance(stated.get("chiasm_clean"), str):  # a model that chiasm has exported
+        result["clean"] = stated["chiasm_clean"]
+    elif stated.get("tokenizer_class", "SiglipTokenizer") == "SiglipTokenizer":
         result["clean"] = "canonicalize"
     return result
 
