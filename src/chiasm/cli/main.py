@@ -15,7 +15,19 @@ from chiasm import __version__
 from chiasm.cli.output import guard
 
 #: Command files in the order of ``chiasm --help``.
-COMMANDS = ("demo", "inspect", "zero_shot", "retrieval", "explain", "embed", "train", "models", "doctor", "bundle", "export")
+COMMANDS = (
+    "demo",
+    "inspect",
+    "zero_shot",
+    "retrieval",
+    "explain",
+    "embed",
+    "train",
+    "models",
+    "doctor",
+    "bundle",
+    "export",
+)
 
 app = typer.Typer(
     name="chiasm",
