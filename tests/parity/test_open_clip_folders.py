@@ -236,6 +236,10 @@ def test_biomedclip_in_small(tmp_path: Path) -> None:
     for wrong in ({"image": {"activation": "quick_gelu"}}, {"image": {"ln_eps": 1e-3}}, {"image": {"pool": "mean"}}):
         assert compare(with_config(ours, **wrong), *parts)[0] > 10 * TIGHT
     assert compare(with_config(ours, text={"pool": "mean"}), *parts)[1] > 10 * TIGHT
+    with torch.no_grad():  # without its projection
+        ours.model.visual.proj.copy_(torch.eye(*ours.model.visual.proj.shape))
+        ours.model.text.proj[0].weight.copy_(torch.eye(*ours.model.text.proj[0].weight.shape))
+    assert min(compare(ours, *parts)) > 10 * TIGHT
 
 
 @pytest.mark.parametrize("pooler", ["mean_pooler", "cls_pooler", None])
