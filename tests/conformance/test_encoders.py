@@ -226,3 +226,26 @@ def test_the_checks_notice_what_they_should() -> None:
         encoder.model.visual.proj[0, 0] = float("nan")
     with pytest.raises(AssertionError, match="not all numbers are finite"):
         check_encoder(encoder)
+
+
+def test_a_text_may_depend_on_the_length_of_its_batch_and_on_nothing_else() -> None:
+    """MedCLIP's mean over padding is let through where the tower says so; anything more is not."""
+    config = reduced(CATALOG.get("medclip-resnet").config)
+
+    class Silent(torch.nn.Module):
+        """The same tower without its word of warning, or with one that hides a second fault."""
+
+        def __init__(self, inner: Any, *, says_so: bool) -> None:
+            super().__init__()
+            self.inner, self.output_dim, self.pad_id = inner, inner.output_dim, 0
+            self.padding_counts = self.adds_mean = says_so
+
+        def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            y = self.inner(ids, mask)
+            return y + y.mean(0) if self.adds_mean else y
+
+    for says_so in (False, True):
+        encoder = Encoder(build_encoder_model(config, seed=0), config, name="silent")
+        encoder.model.text.transformer = Silent(encoder.model.text.transformer, says_so=says_so)  # type: ignore[union-attr]
+        with pytest.raises(AssertionError, match=r"texts: row . changes by"):
+            check_encoder(encoder)
