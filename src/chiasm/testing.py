@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from chiasm.encoders.base import Encoder, EncoderConfig, ImageTowerConfig, ProjectionConfig, TextTowerConfig
 from chiasm.encoders.build import build_encoder_model
@@ -80,7 +81,8 @@ def check_encoder(encoder: Encoder, *, tolerance: float = TOLERANCE) -> None:
 
     Shapes and types; the same result twice; a row does not depend on the other rows of its batch, nor a text on its
     padding (a tower that says ``padding_counts``, as MedCLIP's does: on nothing but how far its batch is padded); unit norms on request; empty batches; patch features where the tower has them; the logit scale is a
-    multiplier; the space changes with the weights and with nothing else; saving and loading is the identity.
+    multiplier; the space changes with the weights and with nothing else; saving and loading is the identity, and
+    loading draws nothing at random.
 
     Args:
         encoder: What to check; its weights are left as they were.
@@ -229,7 +231,11 @@ def _check_saving(encoder: Encoder, pixels: Tensor | None, texts: list[str]) -> 
 
     with tempfile.TemporaryDirectory() as folder:
         save_encoder(encoder, Path(folder) / "model")
-        again = load(Path(folder) / "model", allow_code=True).to(encoder.device)
+        state = torch.random.get_rng_state()
+        with _Draws() as draws:
+            again = load(Path(folder) / "model", allow_code=True).to(encoder.device)
+        assert not draws.names, f"loading draws at random: {', '.join(sorted(draws.names))}"
+        assert torch.equal(state, torch.random.get_rng_state()), "loading moves torch's random generator"
         if encoder.model.dtype == torch.float32:
             assert again.space == encoder.space, (
                 f"saving and loading changes the space: {encoder.space} to {again.space}"
@@ -241,6 +247,29 @@ def _check_saving(encoder: Encoder, pixels: Tensor | None, texts: list[str]) -> 
         if encoder.config.has_text:
             assert again.tokenizer.encode_ids(texts) == encoder.tokenizer.encode_ids(texts), "saved: token ids differ"
         assert again.preprocess_spec == encoder.preprocess_spec, "saved: the preprocessing differs"
+
+
+class _Draws(TorchDispatchMode):
+    """Notes the names of the random operations that run while it is active."""
+
+    _RANDOM = frozenset(
+        "normal normal_ uniform_ bernoulli bernoulli_ random_ exponential_ cauchy_ log_normal_ geometric_ multinomial "
+        "rand randn randint randperm rand_like randn_like".split()
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        found = func(*args, **(kwargs or {}))
+        # without memory nothing is drawn, and one number may be a seed
+        if name in self._RANDOM and isinstance(found, Tensor) and not found.is_meta and found.numel() > 1:
+            self.names.add(name)
+        return found
 
 
 def check_reader(samples: Sequence[Any]) -> None:

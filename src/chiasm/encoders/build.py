@@ -78,12 +78,23 @@ class _NoDraws(TorchFunctionMode):
     """
 
     _DRAWS = frozenset({"normal_", "uniform_", "trunc_normal_", "bernoulli_", "exponential_", "cauchy_", "log_normal_"})
+    #: Those of ``torch.nn.init`` come here whole, and what they call inside comes here no more.
+    _SCHEMES = frozenset(
+        {"kaiming_uniform_", "kaiming_normal_", "xavier_uniform_", "xavier_normal_", "orthogonal_", "sparse_"}
+    )
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if getattr(func, "__name__", "") in self._DRAWS and args and isinstance(args[0], torch.Tensor):
-            return args[0].zero_()
+        name = getattr(func, "__name__", "")
+        if name in self._DRAWS or name in self._SCHEMES:
+            tensor = args[0] if args else (kwargs or {}).get("tensor")
+            if isinstance(tensor, torch.Tensor):
+                with torch.no_grad():
+                    return tensor.zero_()
+        if name in ("rand", "randn"):
+            keywords = {k: v for k, v in (kwargs or {}).items() if k != "generator"}
+            return torch.zeros(*args, **keywords)
         return func(*args, **(kwargs or {}))
 
 
