@@ -182,6 +182,14 @@ def test_mean_embedding(images: Any, texts: Make) -> None:
     assert (result.logit_scale, result.logit_scale_source) == (50.0, "model")
 
 
+def test_a_stated_scale_stands_for_the_models(images: Any, texts: Make) -> None:
+    found = run_protocol(get_protocol("quiltnet"), images, texts(logit_scale=30.0), prompts=CLASSES)
+    assert (found.logit_scale, found.logit_scale_source) == (100.0, "protocol")
+    other = run_protocol(get_protocol("conch"), images, texts(logit_scale=30.0), prompts=CLASSES)
+    np.testing.assert_allclose(found.logits / 100, other.logits / 30, atol=1e-6)
+    assert [get_protocol(n).stated_scale for n in ("conch", "plip", "quiltnet")] == [None, 1.0, 100.0]
+
+
 def test_biovil_averages_raw_vectors(images: Any, texts: Make) -> None:
     protocol = get_protocol("biovil-rsna")
     result = run_protocol(protocol, images, texts())
@@ -354,16 +362,21 @@ def test_gloria_without_its_local_half_says_so(images: Any, texts: Make) -> None
         run_protocol(protocol, images, texts(), prompts=CLASSES, local=lambda t, w: np.zeros((1, 1)))
 
 
-def test_plip_leaves_texts_at_their_length(images: Any, texts: Make) -> None:
+def test_plip_by_its_evaluation_and_by_its_wrapper(make: Make, texts: Make) -> None:
     protocol = get_protocol("plip")
+    images = make(np.random.default_rng(4).normal(size=(200, DIM)))
     prompts = make_prompts(protocol, ["a", "b", "c"], templates="an image of {}").prompts
-    published = run_protocol(protocol, images, texts(), prompts=prompts)
     rows = np.stack([vector(f"an image of {c}") for c in "abc"])
-    np.testing.assert_allclose(published.logits, unit(images.vectors) @ rows.T, rtol=1e-5, atol=1e-5)
-    corrected = run_protocol(protocol, images, texts(), prompts=prompts, variant="corrected")
-    np.testing.assert_allclose(corrected.logits, unit(images.vectors) @ unit(rows).T, atol=1e-6)
-    assert protocol.needs_raw_texts()
-    assert not protocol.needs_raw_texts("corrected")
+    published = run_protocol(protocol, images, texts(), prompts=prompts)
+    np.testing.assert_allclose(published.logits, unit(images.vectors) @ unit(rows).T, atol=1e-6)
+    wrapper = run_protocol(protocol, images, texts(), prompts=prompts, variant="wrapper")
+    np.testing.assert_allclose(wrapper.logits, unit(images.vectors) @ rows.T, rtol=1e-5, atol=1e-5)
+    longest = "abc"[int(np.linalg.norm(rows, axis=1).argmax())]  # the trap: the longest text wins more often
+    assert wrapper.predicted.count(longest) > published.predicted.count(longest)
+    assert protocol.needs_raw_texts("wrapper")
+    assert not protocol.needs_raw_texts()
+    with pytest.raises(InputError, match="raw"):
+        run_protocol(protocol, images, texts(raw=False), prompts=prompts, variant="wrapper")
 
 
 def test_slides(make: Make, texts: Make) -> None:

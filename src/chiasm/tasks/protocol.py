@@ -81,7 +81,7 @@ class Protocol:
         seed: Of the draw; None: none is published.
         published_digest: Of the full lists of prompts (``attribute_prompts.prompts_digest``): tells whether the user's
             file is the published one.
-        logit_scale: ``model``; ``none``: cosines are used as they are.
+        logit_scale: ``model``; ``none``: cosines are used as they are; or the number that the authors write.
         per_class: Embed the prompts of one class together, as a batch of their own: padding is then as published.
         local: The score also compares image regions with words, for which the encoder itself is needed.
         top_j: Numbers of tiles whose mean is a slide's score; empty: images stand for themselves.
@@ -107,7 +107,7 @@ class Protocol:
     sample: int | None = None
     seed: int | None = None
     published_digest: str = ""
-    logit_scale: Literal["model", "none"] = "model"
+    logit_scale: Literal["model", "none"] | float = "model"
     per_class: bool = False
     local: bool = False
     top_j: tuple[int, ...] = ()
@@ -118,6 +118,13 @@ class Protocol:
             raise ConfigError(f"protocol `{self.name}` has no variant `{PUBLISHED}`")
         if self.negative_templates and len(self.negative_templates) != len(self.templates):
             raise ConfigError(f"protocol `{self.name}` must have as many negative templates as positive ones")
+
+    @property
+    def stated_scale(self) -> float | None:
+        """The multiplier of cosines that the protocol states, 1 where it uses none; None: the model's own."""
+        if isinstance(self.logit_scale, float):
+            return self.logit_scale
+        return 1.0 if self.logit_scale == "none" else None
 
     def variant(self, name: str = PUBLISHED) -> Variant:
         """Return a variant with its aggregator filled in.

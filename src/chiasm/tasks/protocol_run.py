@@ -193,8 +193,8 @@ def _group(slide: str, groups: Sequence[str], tiles: Embeddings) -> str:
 
 
 def _scale(protocol: Protocol, images: Embeddings, of_texts: float | None) -> tuple[float, ScaleSource]:
-    if protocol.logit_scale == "none":
-        return 1.0, "protocol"
+    if protocol.stated_scale is not None:
+        return protocol.stated_scale, "protocol"
     return choose_logit_scale(images.logit_scale, of_texts)
 
 
@@ -203,10 +203,11 @@ def _run_mean(
 ) -> ZeroShotResult:
     """Average the prompts of a class into one direction."""
     classifier = build_classifier(prompts, embed_texts, unit_first=chosen.aggregator == "mean_embedding")
-    if protocol.logit_scale == "model":
+    scale = protocol.stated_scale
+    if scale is None:
         return classify(images, classifier, mode=mode)
     bare = replace(images, logit_scale=None, logit_bias=None)
-    result = classify(bare, replace(classifier, logit_scale=None, logit_bias=None), mode=mode, logit_scale=1.0)
+    result = classify(bare, replace(classifier, logit_scale=None, logit_bias=None), mode=mode, logit_scale=scale)
     return replace(result, logit_scale_source="protocol")
 
 
