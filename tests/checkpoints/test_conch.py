@@ -185,3 +185,17 @@ def test_impossible_options_are_refused() -> None:
         image = replace(config.image, options={**config.image.options, **options})
         with pytest.raises(ConfigError, match=message):
             build_encoder_model(replace(config, image=image))
+
+
+def test_padding_that_nothing_sees_may_be_there_or_not(read: Callable[..., Encoder]) -> None:
+    """A batch is cut to its longest text and one more; the place for the class token may be there, but not a word."""
+    ids = make["ids"]()
+    for config, key in ((small(), "text"), (with_corrected_class_mask(small()), "text_corrected_mask")):
+        encoder = read(config)
+        for rows in ([0], [1, 2], [3], [4], [0, 4]):
+            assert error(encoder.encode_text(ids[rows]), torch.tensor(EXPECTED[key])[rows]) <= TOLERANCE
+        wider = torch.nn.functional.pad(ids, (0, 1))
+        assert torch.equal(encoder.encode_text(wider), encoder.encode_text(ids))
+        wider[0, -1] = 5
+        with pytest.raises(InputError, match="at most 15"):
+            encoder.encode_text(wider)

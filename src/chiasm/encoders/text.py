@@ -64,24 +64,29 @@ def text_features(parts: TextParts, ids: Tensor, lengths: Tensor | None = None) 
 
     Args:
         parts: The weights.
-        ids: (batch, tokens) integers, at most ``context_length`` tokens.
+        ids: (batch, tokens) integers, at most ``context_length`` tokens. For ``appended`` one column of padding more is
+            the place that some tokenizers keep for the appended token (CONCH's); it is dropped.
         lengths: (batch,) tokens of each text, special tokens included. None: up to the first end-of-text token.
 
     Raises:
         InputError: Ids of a wrong shape, lengths outside of them, or no end-of-text token where lengths are missing.
     """
     plan = parts.text_plan
+    if plan.pool == "appended" and ids.ndim == 2 and ids.shape[1] == plan.context_length + 1 and not ids[:, -1].any():
+        ids = ids[:, :-1]
     _check_ids(ids, plan)
     needs_lengths = plan.pool in ("eot", "mean")
     if needs_lengths:
         lengths = check_lengths(ids, lengths) if lengths is not None else lengths_from_eot(ids, plan.eot_id)
     if plan.can_trim and lengths is not None and len(ids):
         ids = ids[:, : int(lengths.max())]
-    x, mask = parts.token_embedding(ids), None
     if plan.pool == "appended":
-        x = torch.cat([x, parts.cls_emb.to(x.dtype).expand(len(x), 1, -1)], dim=1)
+        ids = _without_unseen(ids)
+    x, mask = parts.token_embedding(ids) + parts.positional_embedding[: ids.shape[1]], None
+    if plan.pool == "appended":
+        own = parts.cls_emb.to(x.dtype) + parts.positional_embedding[-1]
+        x = torch.cat([x, own.expand(len(x), 1, -1)], dim=1)
         mask = appended_mask(ids, plan.cls_mask)
-    x = x + parts.positional_embedding[: x.shape[1]]
     x = parts.transformer(x, causal=plan.causal, mask=mask)
     pooled = _pool(parts, x, lengths)
     return pooled if parts.text_projection is None else pooled @ parts.text_projection
@@ -97,6 +102,16 @@ def appended_mask(ids: Tensor, kind: Literal["published", "correct"]) -> Tensor:
     seen = torch.cat([own, ids != 0] if kind == "published" else [ids != 0, own], dim=1)
     causal = torch.ones(seen.shape[1], seen.shape[1], dtype=torch.bool, device=ids.device).tril()
     return (causal & seen[:, None, :])[:, None]
+
+
+def _without_unseen(ids: Tensor) -> Tensor:
+    """Return the ids without the columns that no text and no appended token sees: padding behind the first one.
+
+    Exact: the columns are those of the longest text and one more, which the published mask shows to the appended token.
+    """
+    used = (ids != 0).any(0).nonzero()
+    columns = int(used.max()) + 2 if len(used) else 1
+    return ids[:, :columns]
 
 
 def lengths_from_eot(ids: Tensor, eot_id: int) -> Tensor:
