@@ -186,3 +186,32 @@ def test_the_published_shapes() -> None:
         text = build_named_tower(config.text)
     assert sum(p.numel() for p in text.parameters()) == 108_310_272 - 768 * 769  # BioClinicalBERT without its pooler
     assert (config.projection.dim, text.output_dim, config.text.context_length) == (512, 768, 77)
+
+
+def test_strings_go_the_published_way(read: Callable[..., Encoder], tmp_path: Path) -> None:
+    """BioClinicalBERT's vocabulary beside the archive: lower case, WordPiece, cut at the context, padded to the longest."""
+    pieces = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        "mild",
+        "ed",
+        "##ema",
+        "at",
+        "base",
+        *(f"p{i}" for i in range(80)),
+    ]
+    (tmp_path / "vocab.txt").write_text("\n".join(pieces) + "\n", encoding="utf-8")
+    encoder = read()
+    texts = [" Mild  EDEMA at base", "edema"]
+    rows = [[2, 5, 6, 7, 8, 9, 3], [2, 6, 7, 3]]
+    assert encoder.tokenizer.encode_ids(texts) == rows
+    table = torch.tensor([rows[0], rows[1] + [0] * 3])
+    theirs = make["encode_text"](make["weights"]("swin"), table, torch.tensor([7, 4]))
+    assert error(encoder.encode_text(texts), theirs) <= 1e-5
+    one = make["encode_text"](make["weights"]("swin"), torch.tensor([rows[1]]), torch.tensor([4]))
+    assert error(encoder.encode_text("edema"), one) <= 1e-5
+    with pytest.warns(Warning, match="lost their ends"):
+        assert encoder.encode_text("mild " * 40).shape == (1, make["DIM"])
