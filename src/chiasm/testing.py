@@ -249,16 +249,17 @@ def _check_saving(encoder: Encoder, pixels: Tensor | None, texts: list[str]) -> 
         assert again.preprocess_spec == encoder.preprocess_spec, "saved: the preprocessing differs"
 
 
-class _Draws(TorchDispatchMode):
+class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the names of the random operations that run while it is active."""
 
     _RANDOM = frozenset(
-        "normal normal_ uniform_ bernoulli bernoulli_ random_ exponential_ cauchy_ log_normal_ geometric_ multinomial "
-        "rand randn randint randperm rand_like randn_like".split()
+        {"normal", "normal_", "uniform_", "bernoulli", "bernoulli_", "random_", "exponential_", "cauchy_"}
+        | {"log_normal_", "geometric_", "multinomial"}
+        | {"rand", "randn", "randint", "randperm", "rand_like", "randn_like"}
     )
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names: set[str] = set()
 
     def __torch_dispatch__(
