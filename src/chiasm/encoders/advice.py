@@ -184,7 +184,7 @@ def describe_model(name: str) -> dict[str, Any]:
     else:
         value = dict.fromkeys(CATALOG.get("openai/ViT-B-32").to_dict())
         value.update(name=name, aliases=[])
-    value.update(loads=entry is not None, variant_of=find_original(value["name"]), released=True)
+    value.update(loads=CATALOG.find(value["name"]) is not None, variant_of=find_original(value["name"]), released=True)
     if facts is not None:
         stated = facts.to_dict()
         stated["tokenizer_kind"] = stated.pop("tokenizer")

@@ -63,6 +63,6 @@ _SWIN = ImageTowerConfig(
 )
 _RESNET = ImageTowerConfig(kind="named", source="classic_resnet")
 ENTRIES = (
-    *_entries("medclip-swin", _medclip(_SWIN), "medclip-vit-pretrained.zip", ("medclip", "medclip-vit")),
+    *_entries("medclip-swin", _medclip(_SWIN), "medclip-vit-pretrained.zip", ("medclip", "medclip-vit", "medclip-2d")),
     *_entries("medclip-resnet", _medclip(_RESNET), "medclip-pretrained.zip", ()),
 )
