@@ -25,6 +25,7 @@ from chiasm import fetch
 from chiasm.checkpoints import huggingface, native, open_clip, openai, transformers_models
 from chiasm.checkpoints.containers import read_state_dict
 from chiasm.checkpoints.layouts import LAYOUTS, read_parts
+from chiasm.checkpoints.open_clip_names import is_open_clip
 from chiasm.encoders.activation import activations_of, with_activation
 from chiasm.encoders.base import Encoder, EncoderConfig
 from chiasm.encoders.build import build_encoder_model
@@ -244,13 +245,21 @@ def _read_entry(path: Path, entry: CatalogEntry, family: str | None) -> _Source:
     whole = path.is_dir() and native.is_model_dir(path)
     if whole or entry.layout == openai.LAYOUT.name:
         return _checked(_read(path, family, expected=entry.config), entry.name, entry.config)
-    if entry.layout == "open_clip" and (path / open_clip.CONFIG_FILE).is_file():
+    if entry.layout == "open_clip" and _describes_itself(path):
         return _described(_read(path, None), entry)
     layout = LAYOUTS[entry.layout]
     found = read_parts(path, layout)
     config = entry.config if layout.infer is None else _config(layout.infer(found, entry.config.to_dict()))
     tensors = layout.convert(found, config.to_dict())
     return _Source(entry.name, replace(config, tokenizer=_tokenizer_of(path, entry)), tensors)
+
+
+def _describes_itself(path: Path) -> bool:
+    """Whether a folder says what it holds: open_clip's, or transformers' where nothing of open_clip's is."""
+    if (path / open_clip.CONFIG_FILE).is_file():
+        return True
+    plain = (path / "config.json").is_file() and not any((path / file).is_file() for file in open_clip.WEIGHT_FILES)
+    return path.is_dir() and plain
 
 
 def _described(source: _Source, entry: CatalogEntry) -> _Source:
@@ -279,13 +288,15 @@ def _described(source: _Source, entry: CatalogEntry) -> _Source:
 
 
 def _tokenizer_of(path: Path, entry: CatalogEntry) -> Mapping[str, Any]:
-    """The tokenizer's declaration: from the files beside the weights where there are some."""
-    folder = path if path.is_dir() else path.parent
-    if entry.config.tokenizer.get("kind") == "huggingface" and entry.config.has_text:
-        for file in ("tokenizer.json", "vocab.txt", "spiece.model"):
-            if (folder / file).is_file():
-                return {**entry.config.tokenizer, "source": str(folder)}
-    return entry.config.tokenizer
+    """The tokenizer's declaration: from the files beside the weights, else from the repository that has the vocabulary."""
+    stated = entry.config.tokenizer
+    if stated.get("kind") != "huggingface" or not entry.config.has_text:
+        return stated
+    folder: Path | None = path if path.is_dir() else path.parent
+    if not any((path.parent if path.is_file() else path).joinpath(name).is_file() for name in fetch.VOCABULARIES):
+        own = entry.weights is not None and entry.weights.repository == stated.get("source")
+        folder = None if own else fetch.obtain_tokenizer(str(stated.get("source", "")))
+    return stated if folder is None else {**stated, "source": str(folder)}
 
 
 def _read(path: Path, family: str | None, expected: EncoderConfig | None = None) -> _Source:
@@ -321,7 +332,9 @@ def _read_file(path: Path, family: str | None, expected: EncoderConfig | None) -
     if not openai.is_openai_layout(tensors):
         raise CheckpointError(
             f"`{path.name}` holds {len(tensors)} tensors, but not those of a CLIP in a layout that chiasm knows",
-            hint="for a model folder, give the folder instead of the file inside",
+            hint=f"put its `{open_clip.CONFIG_FILE}` beside it"
+            if is_open_clip(tensors)
+            else "for a model folder, give the folder instead of the file inside",
         )
     tensors = openai.tidy(tensors)
     if family is not None:
