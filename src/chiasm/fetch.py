@@ -10,24 +10,30 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
+import shutil
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
-from typing import Any
-from urllib.parse import quote, urlsplit
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
 
 from chiasm.encoders.catalog import CATALOG, CatalogEntry
 from chiasm.errors import CheckpointError, FileFormatError, InputError, UnknownName
-from chiasm.io.download import DownloadError, check_reach, download, read_address
+from chiasm.io.download import DownloadError, check_reach, download
+from chiasm.io.hub import COMMIT, endpoint, file_address, read_listing
 from chiasm.progress import Progress, RichProgress
+
+if TYPE_CHECKING:
+    from chiasm.checkpoints.layout import Layout
 
 HUB, OPEN_CLIP = "hf-hub:", "open_clip:"
 WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".ckpt", ".torch", ".zip")
@@ -47,9 +53,10 @@ HUB_BESIDES = (
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt",
     "spiece.model", "sentencepiece.bpe.model", "LICEN[CS]E*", "NOTICE*", "README.md",
 )  # fmt: skip
+VOCABULARIES = ("tokenizer.json", "vocab.txt", "spiece.model")
+_log = logging.getLogger("chiasm")
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _REVISION = re.compile(r"[A-Za-z0-9][\w./-]*")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 LOCK_S = 3600.0
 
 
@@ -126,9 +133,17 @@ def _open_clip_address(name: str) -> HubAddress | CatalogEntry:
 
 
 def entry_of(address: HubAddress) -> CatalogEntry | None:
-    """Return the entry of the catalog whose weights lie in a repository, if exactly one does."""
+    """Return the entry of the catalog whose weights lie in a repository, or None.
+
+    Raises:
+        InputError: Several entries have their weights there, and none has its name.
+    """
     found = [e for e in CATALOG.entries() if e.weights is not None and e.weights.repository == address.repository]
-    return CATALOG.get(found[0].name) if len(found) == 1 else None
+    called = [e for e in found if address.repository in e.aliases]
+    if len(found) > 1 and len(called) != 1:
+        names = ", ".join(f"`{e.name}`" for e in found)
+        raise InputError(f"`{HUB}{address}` holds the weights of {names}", hint="load one of these names")
+    return CATALOG.get((called or found)[0].name) if found else None
 
 
 def cached(entry: CatalogEntry) -> Path | None:
@@ -138,7 +153,7 @@ def cached(entry: CatalogEntry) -> Path | None:
     """
     folder = models_folder()
     stems = [entry.name, entry.name.rsplit("/", 1)[-1]]
-    if entry.weights is not None and entry.weights.file_name:
+    if entry.weights is not None and entry.weights.url:  # in repositories many files have the same name
         stems.append(entry.weights.file_name.rsplit(".", 1)[0])
     for stem in dict.fromkeys(stems):
         for suffix in ("", *WEIGHT_SUFFIXES):
@@ -146,17 +161,37 @@ def cached(entry: CatalogEntry) -> Path | None:
             if path.is_file() or (not suffix and path.is_dir() and any(path.iterdir())):
                 return path
     if entry.weights is not None and entry.weights.repository:
-        return cached_repository(HubAddress(entry.weights.repository, entry.weights.revision))
+        found = cached_repository(HubAddress(entry.weights.repository, entry.weights.revision))
+        return found if found is not None and _is_whole(found, entry) else None
     return None
+
+
+def _is_whole(folder: Path, entry: CatalogEntry) -> bool:
+    """Whether a folder holds all weights of an entry; another entry may have fetched other files of the repository."""
+    layout = _layout_of(entry)
+    if layout is None:
+        return True
+    patterns = layout.parts.values()
+    return all(any(any(folder.glob(e)) for p in part for e in (p, f"{p}.index.json")) for part in patterns)
+
+
+def _has_weights(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in HUB_WEIGHTS)
+
+
+def _layout_of(entry: CatalogEntry) -> Layout | None:
+    from chiasm.checkpoints.layouts import LAYOUTS
+
+    return LAYOUTS.get(entry.layout)
 
 
 def cached_repository(address: HubAddress) -> Path | None:
     """Return the folder of a repository in the cache, at the revision asked for or recorded; no request is made."""
     commit = address.revision
-    if not _COMMIT.fullmatch(commit):
+    if not COMMIT.fullmatch(commit):
         commit = str(_record().get(f"{HUB}{address}", {}).get("revision", ""))
     path = _repository_folder(address.repository) / commit
-    return path if _COMMIT.fullmatch(commit) and path.is_dir() else None
+    return path if COMMIT.fullmatch(commit) and path.is_dir() else None
 
 
 def obtain(entry: CatalogEntry, *, progress: Progress | None = None) -> Path:
@@ -187,19 +222,37 @@ def obtain_address(address: HubAddress, *, entry: CatalogEntry | None = None, pr
         CheckpointError: Absent and out of reach, or refused; says where to get it.
     """
     found = cached_repository(address)
-    if found is not None:
+    if found is not None and (_is_whole(found, entry) if entry is not None else _has_weights(found)):
         return found
     try:
         if entry is not None and entry.weights is not None:
             return _fetch_repository(address, entry.weights.files, _wants_all(entry), progress)
         return _fetch_repository(address, (), False, progress)
     except DownloadError as error:
-        place = f"{_endpoint()}/{address.repository}"
+        place = f"{endpoint()}/{address.repository}"
         raise CheckpointError(
             f"`{HUB}{address}` is not on this machine: {error.message}",
             hint=_account(error, place) + f"get its files from {place} and give the folder, or where there is a "
             f"network: `chiasm bundle {HUB}{address} DIR`, then load DIR here",
         ) from error
+
+
+def obtain_tokenizer(repository: str, *, progress: Progress | None = None) -> Path | None:
+    """Return a folder with the vocabulary that a model shares with another repository, fetched if it can be.
+
+    None where it is neither here nor within reach: images can be embedded without it.
+    """
+    address = HubAddress(repository)
+    found = cached_repository(address)
+    if found is not None and any((found / name).is_file() for name in VOCABULARIES):
+        return found
+    if not _REPOSITORY.fullmatch(repository) or ".." in repository:
+        return None
+    try:
+        return _fetch_repository(address, (), False, progress, weights=False)
+    except CheckpointError as error:
+        _log.info("no tokenizer from `%s`: %s", repository, error.message)
+        return None
 
 
 def absent(entry: CatalogEntry, error: DownloadError | None = None) -> CheckpointError:
@@ -220,7 +273,7 @@ def absent(entry: CatalogEntry, error: DownloadError | None = None) -> Checkpoin
     here = f"`load({entry.name!r}, pretrained='/path/to/it')`, or put it into {models_folder()}"
     if source is None:
         return CheckpointError(message, hint=f"give the path of your own: {here}")
-    place = source.url or (f"{_endpoint()}/{source.repository}" if source.repository else "")
+    place = source.url or (f"{endpoint()}/{source.repository}" if source.repository else "")
     if source.ask or entry.gate == "request" or not place:
         ask = source.ask or f"ask its authors: {source.source}"
         return CheckpointError(message, hint=f"{ask}{terms}, then {here}")
@@ -234,7 +287,14 @@ def recorded(entry: CatalogEntry) -> dict[str, Any]:
         return {}
     if source.repository:
         return dict(_record().get(f"{HUB}{HubAddress(source.repository, source.revision)}", {}))
-    return dict(_record().get(f"{entry.name}{PurePosixPath(urlsplit(source.url).path).suffix}", {}))
+    return dict(_record().get(_file_key(entry), {}))
+
+
+def _file_key(entry: CatalogEntry) -> str:
+    """Where the file of an entry lies in the cache: under its published name, which several entries may share."""
+    assert entry.weights is not None
+    file = PurePosixPath(urlsplit(entry.weights.url).path)
+    return f"{entry.name}{file.suffix}" if file.stem == entry.name.rsplit("/", 1)[-1] else file.name
 
 
 def _account(error: DownloadError | None, place: str) -> str:
@@ -244,9 +304,7 @@ def _account(error: DownloadError | None, place: str) -> str:
 
 
 def _wants_all(entry: CatalogEntry) -> bool:
-    from chiasm.checkpoints.layouts import LAYOUTS
-
-    layout = LAYOUTS.get(entry.layout)
+    layout = _layout_of(entry)
     return layout is not None and len(layout.parts) > 1
 
 
@@ -254,7 +312,7 @@ def _fetch_file(entry: CatalogEntry, progress: Progress | None) -> Path:
     source = entry.weights
     assert source is not None
     check_reach(source.url)
-    name = f"{entry.name}{PurePosixPath(urlsplit(source.url).path).suffix}"
+    name = _file_key(entry)
     target = models_folder() / name
     with _lock(name):
         if not target.is_file():
@@ -265,104 +323,60 @@ def _fetch_file(entry: CatalogEntry, progress: Progress | None) -> Path:
     return target
 
 
-def _fetch_repository(address: HubAddress, wanted: Sequence[str], every: bool, progress: Progress | None) -> Path:
-    check_reach(_endpoint())
+def _fetch_repository(
+    address: HubAddress, wanted: Sequence[str], every: bool, progress: Progress | None, *, weights: bool = True
+) -> Path:
+    check_reach(endpoint())
     with _lock(address.repository):
         key = f"{HUB}{address}"
         recorded = str(_record().get(key, {}).get("revision", ""))
-        listing, headers = _listing(replace(address, revision=recorded or address.revision or "main"))
-        commit = listing.get("sha")
-        if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
-            raise DownloadError(f"the hub's answer for `{address.repository}` names no commit")
+        commit, known, headers = read_listing(address.repository, recorded or address.revision or "main")
         target = _repository_folder(address.repository) / commit
-        if not target.is_dir():
-            staging = target.with_name(f"{commit}.partial")
-            known = _sizes(listing)
-            bar = progress or RichProgress(unit="MB")
-            for name in _chosen(list(known), wanted, every):
-                _fetch_member(address, commit, name, known[name], staging, headers, bar)
-                if name.endswith(".index.json"):
-                    for part in _parts_of(staging / name, known):
-                        _fetch_member(address, commit, part, known[part], staging, headers, bar)
-            staging.replace(target)
-        _note(key, {"revision": commit, "url": f"{_endpoint()}/{address.repository}"})
+        staging = target.with_name(f"{commit}.partial")
+        bar = progress or RichProgress(unit="MB")
+
+        def bring(name: str) -> Path:
+            if not (target / name).is_file() and not (staging / name).is_file():
+                url = file_address(address.repository, commit, name)
+                download(url, staging / name, headers=headers, progress=bar, **known[name])
+            return next(folder / name for folder in (target, staging) if (folder / name).is_file())
+
+        for name in _chosen(list(known), wanted, every, weights):
+            path = bring(name)
+            for part in _parts_of(path, known) if name.endswith(".index.json") else ():
+                bring(part)
+        _settle(staging, target)
+        _note(key, {"revision": commit, "url": f"{endpoint()}/{address.repository}"})
     return target
 
 
-def _fetch_member(
-    address: HubAddress,
-    commit: str,
-    name: str,
-    known: Mapping[str, Any],
-    staging: Path,
-    headers: Mapping[str, str],
-    progress: Progress,
-) -> None:
-    if (staging / name).is_file():
+def _settle(staging: Path, target: Path) -> None:
+    """Give the fetched files their place: all at once, or into a folder that lacked them, an index after its parts."""
+    if not target.is_dir():
+        staging.replace(target)
         return
-    url = f"{_endpoint()}/{address.repository}/resolve/{commit}/{quote(name)}"
-    download(url, staging / name, headers=headers, progress=progress, **known)
+    for path in sorted(staging.rglob("*"), key=lambda p: p.name.endswith(".index.json")):
+        if path.is_file():
+            place = target / path.relative_to(staging)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(place)
+    shutil.rmtree(staging, ignore_errors=True)
 
 
-def _listing(address: HubAddress) -> tuple[dict[str, Any], dict[str, str]]:
-    """The hub's description of a revision, and the headers that it took: a token only where it is refused without."""
-    url = f"{_endpoint()}/api/models/{address.repository}/revision/{quote(address.revision, safe='')}?blobs=true"
-    headers: dict[str, str] = {}
-    try:
-        value = read_address(url)
-    except DownloadError as error:
-        token = _token()
-        if error.status not in (401, 403, 404) or not token:
-            raise
-        headers = {"Authorization": f"Bearer {token}"}
-        value = read_address(url, headers=headers)
-    if not isinstance(value, dict):
-        raise DownloadError(f"the hub gives no usable answer for `{address.repository}`")
-    if value.get("gated") and not headers and (token := _token()):  # its list is open, its files are not
-        headers = {"Authorization": f"Bearer {token}"}
-    return value, headers
-
-
-def _sizes(listing: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """File name -> what is known of the file (arguments of ``download``); names that leave the folder are dropped."""
-    found: dict[str, dict[str, Any]] = {}
-    siblings = listing.get("siblings")
-    for item in siblings if isinstance(siblings, list) else []:
-        name = item.get("rfilename") if isinstance(item, dict) else None
-        if not isinstance(name, str) or not _is_inside(name):
-            continue
-        known: dict[str, Any] = {}
-        large = item.get("lfs") if isinstance(item.get("lfs"), dict) else {}
-        size = large.get("size", item.get("size"))
-        if isinstance(size, int) and size >= 0:
-            known["size"] = size
-        if isinstance(large.get("sha256"), str):
-            known["sha256"] = large["sha256"]
-        elif isinstance(item.get("blobId"), str) and not large:
-            known["git_sha1"] = item["blobId"]
-        found[name] = known
-    return found
-
-
-def _is_inside(name: str) -> bool:
-    parts = name.replace("\\", "/").split("/")
-    return all(p not in ("", ".", "..") and ":" not in p and "\0" not in p for p in parts) and "\\" not in name
-
-
-def _chosen(names: Sequence[str], wanted: Sequence[str], every: bool) -> list[str]:
+def _chosen(names: Sequence[str], wanted: Sequence[str], every: bool, weights: bool) -> list[str]:
     """Which files to fetch: of several forms of the weights the first that is there, unless all are parts of one."""
-    weights: list[str] = []
+    heavy: list[str] = []
     besides = list(HUB_BESIDES)
     for pattern in wanted or HUB_WEIGHTS:
         matches = sorted(n for n in names if fnmatchcase(n, pattern))
-        heavy = [n for n in matches if n.endswith((*WEIGHT_SUFFIXES, ".index.json"))]
-        besides += [n for n in matches if n not in heavy]
-        if every or not weights:
-            weights += heavy
-    if not weights:
+        found = [n for n in matches if n.endswith((*WEIGHT_SUFFIXES, ".index.json"))]
+        besides += [n for n in matches if n not in found]
+        if every or not heavy:
+            heavy += found
+    if weights and not heavy:
         raise DownloadError("the repository holds no weights that chiasm reads")
-    others = [n for n in names if n not in weights and any(fnmatchcase(n, p) for p in besides)]
-    return [*sorted(others), *weights]
+    others = [n for n in names if n not in heavy and any(fnmatchcase(n, p) for p in besides)]
+    return [*sorted(others), *(heavy if weights else [])]
 
 
 def _parts_of(index: Path, known: Mapping[str, Any]) -> list[str]:
@@ -374,21 +388,6 @@ def _parts_of(index: Path, known: Mapping[str, Any]) -> list[str]:
     if not names or missing:
         raise DownloadError(f"`{index.name}` of the repository lists parts that it does not hold")
     return names
-
-
-def _endpoint() -> str:
-    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-
-
-def _token() -> str:
-    """The user's token for the hub, from where the hub's own client keeps it; sent to the hub alone."""
-    stated = os.environ.get("HF_TOKEN") or ""
-    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
-    if not stated:
-        with contextlib.suppress(OSError, UnicodeError):
-            stated = Path(os.environ.get("HF_TOKEN_PATH") or home / "token").read_text(encoding="ascii")
-    stated = stated.strip()
-    return stated if re.fullmatch(r"[!-~]+", stated) else ""
 
 
 def _repository_folder(repository: str) -> Path:

@@ -292,10 +292,11 @@ def _tokenizer_of(path: Path, entry: CatalogEntry) -> Mapping[str, Any]:
     stated = entry.config.tokenizer
     if stated.get("kind") != "huggingface" or not entry.config.has_text:
         return stated
-    folder: Path | None = path if path.is_dir() else path.parent
-    if not any((path.parent if path.is_file() else path).joinpath(name).is_file() for name in fetch.VOCABULARIES):
-        own = entry.weights is not None and entry.weights.repository == stated.get("source")
-        folder = None if own else fetch.obtain_tokenizer(str(stated.get("source", "")))
+    beside = path if path.is_dir() else path.parent
+    if any((beside / name).is_file() for name in fetch.VOCABULARIES):
+        return {**stated, "source": str(beside)}
+    own = entry.weights is not None and entry.weights.repository == stated.get("source")
+    folder = None if own else fetch.obtain_tokenizer(str(stated.get("source", "")))
     return stated if folder is None else {**stated, "source": str(folder)}
 
 

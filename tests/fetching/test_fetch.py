@@ -56,13 +56,16 @@ def test_a_file_with_its_checksum(site: Any, tmp_path: Path) -> None:
     digest = hashlib.sha256(b"weights").hexdigest()
     tiny = entry(name="org/tiny", weights=WeightSource("a test", url=f"{site.address}/x/Tiny.pt", sha256=digest))
     path = obtain(tiny)
-    assert path == tmp_path / "home" / "models" / "org" / "tiny.pt"
+    assert path == tmp_path / "home" / "models" / "Tiny.pt"
     assert obtain(tiny) == path == cached(tiny)
     assert len(site.asked) == 1
-    wrong = replace(tiny, name="other", weights=replace(tiny.weights, sha256="0" * 64))
+    wrong = replace(
+        tiny, name="other", weights=replace(tiny.weights, url=f"{site.address}/x/Other.pt", sha256="0" * 64)
+    )
+    site.files["/x/Other.pt"] = b"weights"
     with pytest.raises(CheckpointError, match="checksum differs"):
         obtain(wrong)
-    assert cached(wrong) is None or cached(wrong) != tmp_path / "home" / "models" / "other.pt"
+    assert not (tmp_path / "home" / "models" / "Other.pt").exists()
 
 
 def test_a_file_without_a_known_checksum_must_stay_what_it_was_first(site: Any, tmp_path: Path) -> None:
@@ -141,6 +144,58 @@ def test_an_entry_says_which_files_it_wants(site: Any) -> None:
     folder = obtain(entry(weights=source))
     assert files_under(folder) == {"pytorch_model.bin", "meta.yaml", "vocab.txt"}
     assert obtain(entry(weights=source)) == folder
+
+
+def test_entries_that_share_a_file_or_a_repository(site: Any) -> None:
+    site.files["/both.zip"] = b"weights"
+    source = WeightSource("a test", url=f"{site.address}/both.zip")
+    assert obtain(entry(name="one", weights=source)) == obtain(entry(name="two", weights=source))
+    assert len(site.asked) == 1
+    files = {"pytorch_model.bin": b"text", "biovil_image.pt": b"image", "vocab.txt": b"words"}
+    put_repository(site, "org/cxr", files, refs=("v1",))
+    source = WeightSource("a test", repository="org/cxr", revision="v1", files=("pytorch_model.bin",))
+    text = entry(name="text", layout="cxr_bert", weights=source)
+    both = entry(name="cxr", layout="biovil", weights=replace(source, files=("biovil_image.pt", "pytorch_model.bin")))
+    folder = obtain(text)
+    assert files_under(folder) == {"pytorch_model.bin", "vocab.txt"}
+    assert cached(both) is None
+    assert obtain(both) == folder
+    assert files_under(folder) == set(files)
+    assert cached(text) == cached(both) == folder
+
+
+def test_a_file_of_a_common_name_in_the_cache_is_nobodys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`models/pytorch_model.bin` could be anything: BioCLIP's keys are QuiltNet's."""
+    monkeypatch.setenv("CHIASM_HOME", str(tmp_path))
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "open_clip_pytorch_model.bin").write_bytes(b"x")
+    assert cached(CATALOG.get("bioclip")) is None
+    (tmp_path / "models" / "bioclip.bin").write_bytes(b"x")
+    assert cached(CATALOG.get("bioclip")) == tmp_path / "models" / "bioclip.bin"
+
+
+def test_a_vocabulary_from_another_repository(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_repository(site, "org/bert", {"pytorch_model.bin": b"w", "vocab.txt": b"words", "config.json": b"{}"})
+    folder = fetch.obtain_tokenizer("org/bert")
+    assert folder is not None
+    assert files_under(folder) == {"vocab.txt", "config.json"}
+    count = len(site.asked)
+    assert fetch.obtain_tokenizer("org/bert") == folder
+    assert len(site.asked) == count
+    assert fetch.obtain_tokenizer("org/absent") is None
+    assert fetch.obtain_tokenizer("biomegatron") is None
+    assert "pytorch_model.bin" in files_under(obtain_address(HubAddress("org/bert")))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    site.asked.clear()
+    assert fetch.obtain_tokenizer("org/other") is None
+    assert not site.asked
+
+
+def test_a_repository_of_several_models_must_be_named(site: Any) -> None:
+    with pytest.raises(InputError, match="holds the weights of `conch`"):
+        load("hf-hub:MahmoodLab/conch")
+    assert fetch.entry_of(HubAddress("vinid/plip")) == CATALOG.get("plip")
+    assert not site.asked
 
 
 def test_a_token_goes_to_the_hub_only_where_it_is_needed(site: Any, monkeypatch: pytest.MonkeyPatch) -> None:
