@@ -135,6 +135,9 @@ def test_prompts_lose_their_end_marks_and_long_texts_are_refused(read: Callable[
     assert torch.equal(same[0], same[2])
     assert torch.equal(same[1], same[2])
     assert encoder.tokenizer.encode_ids("No. pneumonia.") == [[2, 5, 7, 6, 3]]
+    with pytest.raises(InputError, match=r"holds the special token `\[SEP\]`"):
+        encoder.encode_text("no [SEP] pneumonia")
+    assert encoder.encode_text("no [MASK]").shape == (1, 128)
     with pytest.raises(InputError, match="text 1 is longer than 24 tokens"):
         encoder.encode_text(["no", "no " * 30])
 

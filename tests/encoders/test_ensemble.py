@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from chiasm.checkpoints import native
 from chiasm.cli.inputs import load_encoder
 from chiasm.embed import embed_images, embed_texts, embed_to_store
 from chiasm.encoders.base import Encoder, EncoderConfig, ImageTowerConfig, ProjectionConfig, TextTowerConfig
@@ -165,3 +167,23 @@ def test_commands_take_a_pattern(tmp_path: Path) -> None:
     assert load_encoder(str(tmp_path / "best_*.pt"), **options).members == 3  # type: ignore[arg-type]
     with pytest.raises(InputError, match="no file fits"):
         load_encoder(str(tmp_path / "worst_*.pt"), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [(("members",), 10**9), (("image", "options", "layers"), 10**9), (("image", "options", "width"), 10**9)],
+)
+def test_a_folder_that_states_a_giant_is_refused_at_once(tmp_path: Path, path: tuple[str, ...], value: int) -> None:
+    options = {"width": 32, "layers": 1, "heads": 4, "patch_size": 8, "output_dim": 16, "pool_heads": 4}
+    image = ImageTowerConfig(kind="named", source="conch", image_size=32, options=options)
+    config = replace(TinyEncoder(0).config, image=image)
+    save_encoder(Encoder(build_encoder_model(config, seed=0), config, name="named"), tmp_path)
+    file = tmp_path / native.DESCRIPTION_FILE
+    description = json.loads(file.read_text())
+    place = description["config"]
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    file.write_text(json.dumps(description))
+    with pytest.raises(CheckpointError, match="the model states"):
+        load(tmp_path)

@@ -28,13 +28,25 @@ def canonical_text(text: str) -> str:
     return " ".join(tidy_text(text).replace("_", " ").translate(_NO_PUNCTUATION).lower().split())
 
 
+def prompt_text(text: str) -> str:
+    """Return a prompt as BioViL's code prepares it: without marks at its end.
+
+    Raises:
+        InputError: It holds one of BERT's special tokens, ``[MASK]`` excepted.
+    """
+    found = next((token for token in ("[CLS]", "[SEP]", "[PAD]", "[UNK]") if token in text), None)
+    if found is not None:
+        raise InputError(f"a text holds the special token `{found}`, which this model refuses", hint="remove it")
+    return text.rstrip("!?.")
+
+
 #: What is done to texts before a tokenizer of this kind: three by open_clip, in its names; ``end_marks`` by BioViL,
 #: ``report`` by GLoRIA.
 CLEANINGS: Mapping[str, Callable[[str], str]] = {
     "whitespace": tidy_text,
     "lower": clean_text,
     "canonicalize": canonical_text,
-    "end_marks": lambda text: text.rstrip("!?."),
+    "end_marks": prompt_text,
     "report": report_words,
 }
 
