@@ -106,6 +106,14 @@ def test_architectures_are_open_clips() -> None:
         assert with_gelu(ARCHITECTURES[f"{name.removesuffix('-quickgelu')}-quickgelu"]) == with_gelu(config)
 
 
+@pytest.mark.parametrize(
+    ("name", "activation"),
+    [("openai/ViT-B-32", "quick_gelu"), ("openai/RN50", "relu"), ("uni", "gelu"), ("conch", None), ("cxr-bert", None)],
+)
+def test_an_activation_is_stated_only_where_it_is_known(name: str, activation: str | None) -> None:
+    assert CATALOG.get(name).to_dict()["activation"] == activation
+
+
 def test_the_catalog_is_light() -> None:
     code = "import sys, chiasm.encoders.catalog; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -118,6 +118,13 @@ class CatalogEntry:
         return f"CLIP {text.width}x{text.layers}, {text.context_length} tokens" if text.is_native else str(text.source)
 
     @property
+    def activation(self) -> str | None:
+        """Activation of a native image tower, else of a native text tower; None: others have their own."""
+        if self.config.has_image:
+            return {"vit": self.config.image.activation, "resnet": "relu"}.get(self.config.image.kind)
+        return self.config.text.activation if self.config.text.is_native else None
+
+    @property
     def dim(self) -> int:
         """Dimensions of the joint space."""
         return self.config.projection.dim
@@ -137,7 +144,7 @@ class CatalogEntry:
             "text_tower": self.text_tower,
             "dim": self.dim,
             "image_size_px": self.image_size_px if self.config.has_image else None,
-            "activation": self.config.image.activation if self.config.image.kind == "vit" else "relu",
+            "activation": self.activation,
             "tokenizer": dict(self.config.tokenizer) if self.config.has_text else None,
             "preprocess": self.config.preprocess.to_dict() if self.config.has_image else None,
             "parameters": self.parameters,
