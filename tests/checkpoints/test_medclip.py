@@ -215,3 +215,16 @@ def test_strings_go_the_published_way(read: Callable[..., Encoder], tmp_path: Pa
     assert error(encoder.encode_text("edema"), one) <= 1e-5
     with pytest.warns(Warning, match="lost their ends"):
         assert encoder.encode_text("mild " * 40).shape == (1, make["DIM"])
+
+
+def test_both_published_resizes_have_a_name() -> None:
+    """The authors' processor is bicubic, their evaluation bilinear; the weights are the same."""
+    for name in ("medclip-swin", "medclip-resnet"):
+        user, figures, masked = (CATALOG.get(f"{name}{end}") for end in ("", "-bilinear", "-masked"))
+        assert (user.config.preprocess.interpolation, figures.config.preprocess.interpolation) == (
+            "bicubic",
+            "bilinear",
+        )
+        assert user.weights == figures.weights == masked.weights
+        assert masked.config.text.options == {"masked_mean": True}
+        assert masked.description != user.description

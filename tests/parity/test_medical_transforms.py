@@ -109,3 +109,33 @@ def test_area_is_opencvs_up_to_rounding(seed: int) -> None:
     difference = np.abs(area_resize(pixels, width, height).astype(int) - theirs.astype(int))
     assert difference.max() <= 1
     assert (difference > 0).mean() < (0.01 if factor < 1 else 0.2)
+
+
+def test_opencv_and_pillow_weigh_colours_alike_up_to_rounding() -> None:
+    """GLoRIA's reference reads every file as grey by OpenCV, ours by Pillow."""
+    cv2: Any = pytest.importorskip("cv2", reason="needs opencv-python-headless")
+
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 300, 3)).astype(np.uint8)
+    ours = np.asarray(Image.fromarray(pixels).convert("L")).astype(int)
+    difference = np.abs(ours - cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY))
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 0.01
+    grey = np.repeat(pixels[..., :1], 3, axis=2)
+    assert (cv2.cvtColor(grey, cv2.COLOR_RGB2GRAY) == grey[..., 0]).all()
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_medclip_is_bit_equal_to_torchvision(interpolation: str) -> None:
+    """Its evaluation is torchvision's bilinear resize of the padded picture, its processor Pillow's bicubic one."""
+    from torchvision import transforms as tv
+
+    from chiasm.encoders.catalog import CATALOG
+
+    p = CATALOG.get("medclip-swin" if interpolation == "bicubic" else "medclip-swin-bilinear").config.preprocess
+    steps = [tv.Resize((224, 224), tv.InterpolationMode(interpolation)), tv.ToTensor()]
+    theirs = tv.Compose([*steps, tv.Normalize([0.5862785803043838], [0.27950088968644304])])
+    for size in SIZES:
+        side = max(224, *size)
+        square = Image.new("L", (side, side), 0)
+        square.paste(picture(size), (int((side - size[0]) / 2), int((side - size[1]) / 2)))
+        assert torch.equal(image_transform(p)(picture(size)), theirs(square).expand(3, -1, -1)), size

@@ -14,7 +14,8 @@ from chiasm.encoders.entry import CatalogEntry, WeightSource
 from chiasm.types import Preprocess
 
 _MEAN, _STD = 0.5862785803043838, 0.27950088968644304
-#: One grey channel, repeated; ``pad_square`` pads small images instead of enlarging them.
+#: One grey channel, repeated; ``pad_square`` pads small images instead of enlarging them. This is ``MedCLIPProcessor``,
+#: which users call; ``ZeroShotImageDataset``, with which the authors evaluated, resizes with the bilinear filter.
 PREPROCESS = Preprocess(resize="pad_square", crop="none", grey=True, mean=(_MEAN,) * 3, std=(_STD,) * 3)
 BIO_CLINICAL_BERT = "emilyalsentzer/Bio_ClinicalBERT"
 #: microsoft/swin-tiny-patch4-window7-224
@@ -55,7 +56,14 @@ def _entries(name: str, config: EncoderConfig, file: str, aliases: tuple[str, ..
         aliases=(),
         description="MedCLIP whose text vectors leave padding out: other vectors than the published ones",
     )
-    return published, corrected
+    evaluated = replace(
+        published,
+        name=f"{name}-bilinear",
+        config=replace(config, preprocess=replace(PREPROCESS, interpolation="bilinear")),
+        aliases=(),
+        description="MedCLIP with the bilinear resize of its authors' evaluation; their processor for users is bicubic",
+    )
+    return published, corrected, evaluated
 
 
 _SWIN = ImageTowerConfig(
