@@ -194,6 +194,21 @@ def cached_repository(address: HubAddress) -> Path | None:
     return path if COMMIT.fullmatch(commit) and path.is_dir() else None
 
 
+def prepare(model: str | Path, *, pretrained: str | Path | None = None) -> None:
+    """Bring the files of a name or an address, before anybody imports torch; paths are left to the loader.
+
+    Raises:
+        ChiasmError: As :func:`obtain`, :func:`obtain_address` and :func:`parse_address`.
+    """
+    if not isinstance(model, str) or pretrained not in (None, "openai"):
+        return
+    meant = parse_address(model) if is_address(model) else CATALOG.find(model)
+    if isinstance(meant, CatalogEntry):
+        obtain(meant)
+    elif meant is not None:
+        obtain_address(meant, entry=entry_of(meant))
+
+
 def obtain(entry: CatalogEntry, *, progress: Progress | None = None) -> Path:
     """Return the weights of an entry, fetched if they are absent and free to fetch.
 
@@ -209,6 +224,7 @@ def obtain(entry: CatalogEntry, *, progress: Progress | None = None) -> Path:
     try:
         if source.repository:
             address = HubAddress(source.repository, source.revision)
+            check_reach(endpoint())
             return _fetch_repository(address, source.files, _wants_all(entry), progress)
         return _fetch_file(entry, progress)
     except DownloadError as error:
@@ -225,6 +241,7 @@ def obtain_address(address: HubAddress, *, entry: CatalogEntry | None = None, pr
     if found is not None and (_is_whole(found, entry) if entry is not None else _has_weights(found)):
         return found
     try:
+        check_reach(endpoint())
         if entry is not None and entry.weights is not None:
             return _fetch_repository(address, entry.weights.files, _wants_all(entry), progress)
         return _fetch_repository(address, (), False, progress)
@@ -249,6 +266,7 @@ def obtain_tokenizer(repository: str, *, progress: Progress | None = None) -> Pa
     if not _REPOSITORY.fullmatch(repository) or ".." in repository:
         return None
     try:
+        check_reach(endpoint())
         return _fetch_repository(address, (), False, progress, weights=False)
     except CheckpointError as error:
         _log.info("no tokenizer from `%s`: %s", repository, error.message)
@@ -326,7 +344,6 @@ def _fetch_file(entry: CatalogEntry, progress: Progress | None) -> Path:
 def _fetch_repository(
     address: HubAddress, wanted: Sequence[str], every: bool, progress: Progress | None, *, weights: bool = True
 ) -> Path:
-    check_reach(endpoint())
     with _lock(address.repository):
         key = f"{HUB}{address}"
         recorded = str(_record().get(key, {}).get("revision", ""))

@@ -6,12 +6,15 @@ import hashlib
 import json
 import multiprocessing
 import socket
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from safetensors.torch import save as serialize
 
 from chiasm import fetch
@@ -379,3 +382,23 @@ def test_loading_what_is_here_asks_nothing(site: Any, monkeypatch: pytest.Monkey
     with pytest.raises(UnknownName):
         load("no-such-model")
     assert not site.asked
+
+
+@pytest.mark.parametrize("command", ["doctor --model {}", "bundle {} out", "inspect x.png a --model {}"])
+@pytest.mark.parametrize("model", ["plip", "hf-hub:org/tiny", "open_clip:ViT-B-32/laion2b_s34b_b79k"])
+def test_commands_miss_weights_before_they_import_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, model: str
+) -> None:
+    """What takes seconds is the import of torch: an absent model must not cost it."""
+    Image.new("L", (8, 8)).save(tmp_path / "x.png")
+    code = (
+        "import sys\n"
+        "from chiasm.cli.main import main\n"
+        f"sys.argv = ['chiasm', *{command.format(model).split()!r}]\n"
+        "try:\n    main()\n"
+        "except SystemExit as stop:\n    print(stop.code, 'torch' in sys.modules)\n"
+    )
+    monkeypatch.setenv("CHIASM_HOME", str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.split() == ["1", "False"], done.stderr
+    assert "chiasm bundle" in done.stderr

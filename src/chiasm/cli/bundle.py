@@ -20,6 +20,10 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Write or check a bundle."""
+    from chiasm.fetch import prepare
+
+    if not check:
+        prepare(model, pretrained=pretrained)
     from chiasm.bundle import check_bundle, write_bundle
 
     if check:

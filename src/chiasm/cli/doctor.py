@@ -19,6 +19,10 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Check and print; a check that is wrong makes the exit code 1."""
+    from chiasm.fetch import prepare
+
+    if model is not None:
+        prepare(model, pretrained=pretrained)
     from chiasm.evaluate.doctor import check_environment, environment_checks, examine_model
 
     environment = check_environment()

@@ -236,11 +236,14 @@ def truth_columns(samples: Sequence[Sample], column: str, labels: Sequence[str])
 
 
 def load_encoder(model: str, *, device: str, family: str | None, allow_code: bool) -> Encoder:
-    """Load the encoder that ``--model`` names."""
-    from chiasm.load import load
+    """Load the encoder that ``--model`` names; what is absent is missed before torch is imported."""
+    from chiasm.fetch import prepare
 
     if not model:
         raise InputError("no model was named", hint="--model NAME or --model FOLDER; `chiasm models` lists names")
+    prepare(model)
+    from chiasm.load import load
+
     if "*" in model and not Path(model).exists():
         pattern = Path(model).expanduser()
         several = sorted(p for p in pattern.parent.glob(pattern.name) if p.is_file())

@@ -11,7 +11,6 @@ from __future__ import annotations
 import inspect
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,6 +23,8 @@ from torch import Tensor, nn
 from chiasm.encoders.base import ImageTowerConfig, TextTowerConfig
 from chiasm.encoders.vit import check_pixels
 from chiasm.errors import CheckpointError, ConfigError
+from chiasm.io.download import is_offline, is_reachable
+from chiasm.io.hub import endpoint
 from chiasm.io.package_files import find_package_file, is_package_source
 
 #: Fields of a transformers configuration that say where and how it was loaded, not what the model is.
@@ -219,7 +220,8 @@ def _pretrained(side: str, source: str, pooler: bool) -> nn.Module:
 
     folder = _local_folder(source)
     name = str(folder) if folder else source
-    offline = folder is not None or os.environ.get("HF_HUB_OFFLINE") == "1" or _is_cached(source)
+    # The hub's client would wait for up to a minute where there is no network.
+    offline = folder is not None or is_offline() or _is_cached(source) or not is_reachable(endpoint())
     common = {"local_files_only": offline, "trust_remote_code": False}
     try:
         config = _without_kernels(AutoConfig.from_pretrained(name, **common))
