@@ -12,7 +12,7 @@ import json
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,7 +68,7 @@ class Bundle:
 
 
 def write_bundle(
-    model: str | Path,
+    model: str | Path | Sequence[str | Path],
     directory: str | Path,
     *,
     family: str | None = None,
@@ -78,7 +78,7 @@ def write_bundle(
     """Write a model as a folder that loads offline, and check it by loading it.
 
     Args:
-        model: Whatever :func:`chiasm.load` takes; fetched if it is a name and absent.
+        model: Whatever :func:`chiasm.load` takes; fetched if it is a name and absent. Several files are an ensemble.
         directory: The folder to write; it must not exist, or be empty.
         family: See :func:`chiasm.load`.
         pretrained: See :func:`chiasm.load`.
@@ -91,10 +91,13 @@ def write_bundle(
     out = Path(directory).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"`{out.name}` exists and is not empty", hint="name a new folder")
+    if not isinstance(model, (str, Path)) and len(model) == 1:
+        model = model[0]
     encoder = load(model, family=family, pretrained=pretrained, activation=activation)
     if "python" in (encoder.config.image.kind, encoder.config.text.kind):
         raise InputError(f"a tower of `{encoder.name}` is code in a package of your own, which a bundle cannot hold")
-    entry = _entry_of(model, encoder, family)
+    single = model if isinstance(model, (str, Path)) else ""
+    entry = _entry_of(single, encoder, family)
     try:
         staging = out.parent / f".{out.name}-{secrets.token_hex(4)}.next"
         staging.mkdir(parents=True)
@@ -103,7 +106,7 @@ def write_bundle(
     try:
         save_encoder(encoder, staging)
         protocols = _write_protocols(staging, encoder, entry)
-        papers = _copy_papers(_origin_of(model, entry, pretrained), staging)
+        papers = _copy_papers(_origin_of(single, entry, pretrained), staging)
         (staging / NOTICE).write_text(_notice(encoder, entry), encoding="utf-8")
         sums = {name: _sha256(staging / name) for name in _names(staging)}
         (staging / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()), encoding="utf-8")
@@ -165,7 +168,9 @@ def _entry_of(model: str | Path, encoder: Encoder, family: str | None) -> Catalo
 
 
 def _origin_of(model: str | Path, entry: CatalogEntry | None, pretrained: str | Path | None) -> Path | None:
-    """The folder that the weights came from, whose papers go along."""
+    """The folder that the weights came from, whose papers go along; nothing for an ensemble's files."""
+    if not str(model):
+        return None
     if fetch.is_address(model):
         meant = fetch.parse_address(str(model))
         path = fetch.cached_repository(meant) if isinstance(meant, fetch.HubAddress) else None

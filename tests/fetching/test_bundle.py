@@ -129,6 +129,15 @@ def test_a_model_of_the_catalog_takes_its_protocols_and_its_licence_along(model:
     assert {v["name"] for v in values} == set(done.protocols)
 
 
+def test_an_ensemble_becomes_one_folder(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        save_encoder(TinyEncoder(seed), tmp_path / f"member{seed}")
+    members = [str(tmp_path / f"member{seed}") for seed in (0, 1)]
+    answer = CliRunner().invoke(app, ["bundle", *members, str(tmp_path / "out"), "--json"])
+    assert answer.exit_code == 0, answer.output
+    assert load(tmp_path / "out").space == load(members).space
+
+
 def test_the_command(model: Path, tmp_path: Path) -> None:
     runner = CliRunner()
     answer = runner.invoke(app, ["bundle", str(model), str(tmp_path / "out"), "--json"])

@@ -12,27 +12,39 @@ from chiasm.errors import InputError
 
 
 def run(
-    model: Annotated[str, typer.Argument(help="A name, an address (hf-hub:org/repo), a file or folder.")],
-    out: Annotated[Path | None, typer.Argument(help="Folder to write; new or empty.")] = None,
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL... OUT",
+            help="A name, an address (hf-hub:org/repo), a file or folder, several files of an ensemble; then the "
+            "folder to write, new or empty.",
+        ),
+    ],
     pretrained: Annotated[Path | None, typer.Option("--pretrained", help="With a name: the file or folder.")] = None,
     family: FamilyOption = None,
     check: Annotated[bool, typer.Option("--check", help="Only compare a bundle with its checksums.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write or check a bundle."""
+    if check:
+        from chiasm.bundle import check_bundle
+
+        found = {Path(word).name: check_bundle(word) for word in words}
+        if as_json:
+            print_json({"bundles": found})
+        for name, files in found.items() if not as_json else ():
+            print(f"  {name}: all {len(files)} files are as they were written")
+        return
+    *models, out = words
+    if not models:
+        raise InputError("no folder to write was named", hint="chiasm bundle MODEL OUT")
     from chiasm.fetch import prepare
 
-    if not check:
+    for model in models:
         prepare(model, pretrained=pretrained)
-    from chiasm.bundle import check_bundle, write_bundle
+    from chiasm.bundle import write_bundle
 
-    if check:
-        files = check_bundle(model)
-        print_json({"files": files}) if as_json else print(f"  all {len(files)} files are as they were written")
-        return
-    if out is None:
-        raise InputError("no folder to write was named", hint="chiasm bundle MODEL OUT")
-    done = write_bundle(model, out, family=family, pretrained=pretrained)
+    done = write_bundle(models, out, family=family, pretrained=pretrained)
     if as_json:
         print_json(done.to_dict())
         return
