@@ -33,6 +33,7 @@ from chiasm.encoders.catalog import ARCHITECTURES, CATALOG, CatalogEntry
 from chiasm.encoders.dual import DualEncoder
 from chiasm.encoders.ensemble import join_members
 from chiasm.encoders.fill import filled_model
+from chiasm.encoders.fitting import fitting_hint
 from chiasm.errors import CheckpointError, ConfigError, InputError, UnknownName
 
 if TYPE_CHECKING:
@@ -335,7 +336,7 @@ def _read_file(path: Path, family: str | None, expected: EncoderConfig | None) -
             f"`{path.name}` holds {len(tensors)} tensors, but not those of a CLIP in a layout that chiasm knows",
             hint=f"put its `{open_clip.CONFIG_FILE}` beside it"
             if is_open_clip(tensors)
-            else "for a model folder, give the folder instead of the file inside",
+            else fitting_hint(tensors) or "for a model folder, give the folder instead of the file inside",
         )
     tensors = openai.tidy(tensors)
     if family is not None:

@@ -31,7 +31,7 @@ def image_backbone(image: ImageTowerConfig, dim: int, preprocess: Preprocess) ->
 
 
 def vit_backbone(
-    size: Mapping[str, int], patch_size: int, preprocess: Preprocess, *, ln_eps: float = 1e-6, **options: Any
+    size: Mapping[str, Any], patch_size: int, preprocess: Preprocess, *, ln_eps: float = 1e-6, **options: Any
 ) -> EncoderConfig:
     """Return timm's and DINO's ViT: exact GELU, biased patches, no norm before the blocks, class token.
 

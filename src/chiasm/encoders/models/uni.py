@@ -6,6 +6,9 @@ the shorter side, centre crop); Chen et al. 2024, https://doi.org/10.1038/s41591
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from chiasm.encoders.entry import CatalogEntry, WeightSource
 from chiasm.encoders.models.backbone import IMAGENET, LARGE, TORCHVISION, vit_backbone
 from chiasm.types import Preprocess
@@ -13,7 +16,7 @@ from chiasm.types import Preprocess
 _PREPROCESS = Preprocess(size=224, interpolation="bilinear", **TORCHVISION, **IMAGENET)
 _SOURCE = "mahmoodlab/UNI uni/get_encoder/get_encoder.py"
 #: timm's packed SwiGLU: the hidden width of both halves together is 8192.
-_UNI2 = {"registers": 8, "activation": "swiglu", "mlp_ratio": 2.66667 * 2}
+_UNI2: Mapping[str, Any] = {"registers": 8, "activation": "swiglu", "mlp_ratio": 2.66667 * 2}
 
 ENTRIES = (
     CatalogEntry(
