@@ -331,7 +331,7 @@ def _read_file(path: Path, family: str | None, expected: EncoderConfig | None) -
     tensors: dict[str, Tensor] = state.tensors
     if huggingface.is_huggingface_layout(tensors):
         tensors = huggingface.to_openai(tensors)
-    if not openai.is_openai_layout(tensors):
+    if not openai.is_openai_layout(tensors) or "text.cls_emb" in tensors:  # CoCa's sizes are not all in its weights
         raise CheckpointError(
             f"`{path.name}` holds {len(tensors)} tensors, but not those of a CLIP in a layout that chiasm knows",
             hint=f"put its `{open_clip.CONFIG_FILE}` beside it"

@@ -96,7 +96,8 @@ def bert_folder(folder: Path, kind: str = "bert") -> Path:
     from transformers import PreTrainedTokenizerFast
 
     folder.mkdir(exist_ok=True)
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefghijklmnopqrstuvwxyz0123456789.,;:()&-'"]
+    specials = ["[UNK]", "[PAD]"] if "roberta" in kind else ["[PAD]", "[UNK]"]  # RoBERTa pads with 1
+    pieces = [*specials, "[CLS]", "[SEP]", *"abcdefghijklmnopqrstuvwxyz0123456789.,;:()&-'"]
     pieces += [f"##{c}" for c in pieces[4:]] + ["chest", "left", "no", "tea", "pleural"]
     engine = Tokenizer(models.WordPiece({p: i for i, p in enumerate(pieces)}, unk_token="[UNK]"))
     engine.normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -112,6 +113,8 @@ def bert_folder(folder: Path, kind: str = "bert") -> Path:
         "model_type": kind, "vocab_size": len(pieces), "hidden_size": 64, "num_hidden_layers": 3,
         "num_attention_heads": 1, "intermediate_size": 96, "max_position_embeddings": 40,
     }  # fmt: skip
+    if "roberta" in kind:
+        config["layer_norm_eps"] = 1e-5  # as the published ones state
     if kind == "t5":
         config = {
             "model_type": "mt5", "vocab_size": len(pieces), "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2,
@@ -254,6 +257,21 @@ def test_poolers_and_projections_of_a_bert(tmp_path: Path, pooler: str | None, p
     unmasked = with_config(ours, text={"pool": "eot"}) if pooler == "mean_pooler" else None
     if unmasked is not None:
         assert compare(unmasked, *parts)[1] > 10 * TIGHT
+
+
+@pytest.mark.parametrize("kind", ["roberta", "xlm-roberta"])
+def test_a_roberta_without_its_configuration(tmp_path: Path, kind: str) -> None:
+    folder = bert_folder(tmp_path / f"small-{kind}", kind)
+    text = {"hf_model_name": str(folder), "hf_tokenizer_name": str(folder), "context_length": 32}
+    text |= {"hf_pooler_type": "mean_pooler", "hf_proj_type": "linear"}
+    build(folder, {"embed_dim": 64, "vision_cfg": VISION, "text_cfg": text})
+    parts = peer_of(folder)
+    assert max(compare(load(folder), *parts)) <= TIGHT
+    (folder / "config.json").unlink()
+    ours = load(folder)
+    assert max(compare(ours, *parts)) <= TIGHT
+    stated = {**ours.config.text.options["config"], "layer_norm_eps": 1e-3}
+    assert compare(with_config(ours, text={"options": {"config": stated}}), *parts)[1] > 10 * TIGHT
 
 
 def test_the_encoder_of_t5(tmp_path: Path) -> None:
