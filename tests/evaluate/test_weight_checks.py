@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from chiasm.checkpoints.huggingface import to_huggingface
-from chiasm.encoders.base import EncoderConfig, ImageTowerConfig, ProjectionConfig, TextTowerConfig
+from chiasm.encoders.base import Encoder, EncoderConfig, ImageTowerConfig, ProjectionConfig, TextTowerConfig
 from chiasm.encoders.build import build_encoder_model
 from chiasm.encoders.catalog import CATALOG
 from chiasm.errors import CheckpointError
@@ -168,6 +169,48 @@ def test_damaged_numbers_and_matrices_of_zeros(tmp_path: Path, state: dict[str, 
     bad["visual.proj"] = torch.zeros_like(bad["visual.proj"])
     torch.save(bad, tmp_path / "zero.pt")
     assert by_name(check_weights(tmp_path / "zero.pt", family="openai"))["weights"].state == "note"
+
+
+def test_what_lies_in_the_working_folder_is_not_looked_at(
+    tmp_path: Path, state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save(state, tmp_path / "other.pt")
+    monkeypatch.chdir(tmp_path)
+    for model in ("absent.pt", "~nobody-of-that-name/x", "a\0b"):
+        assert check_weights(model) == []
+    assert check_weights("plip", pretrained="absent") == []
+
+
+def test_members_of_an_ensemble_are_looked_at_one_by_one(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    torch.save(state, tmp_path / "a.pt")
+    torch.save({k: v * 1.01 if v.ndim else v for k, v in state.items()}, tmp_path / "b.pt")
+    members = [tmp_path / "a.pt", tmp_path / "b.pt"]
+    found = by_name(examine_model(members, family="openai"))
+    assert {c.state for c in found.values() if c.name != "near copies"} == {"ok"}, found
+    torch.save(state | {"visual.proj": state["visual.proj"] * float("nan")}, tmp_path / "b.pt")
+    found = by_name(examine_model(members, family="openai"))
+    assert found["weights"].state == "ok"
+    assert found["weights of `b.pt`"].state == "wrong"
+
+
+@pytest.mark.parametrize("sides", ["image", "text"])
+def test_a_backbone_passes_too(tmp_path: Path, sides: Literal["image", "text"]) -> None:
+    """Without the other side there are neither its vectors nor a scale, and nothing is missed."""
+    config = EncoderConfig(
+        image=ImageTowerConfig(image_size=32, width=64, layers=1, patch_size=16),
+        text=TextTowerConfig(width=64, layers=1),
+        projection=ProjectionConfig(dim=64, image="none", text="none"),
+        preprocess=Preprocess(size=32),
+        sides=sides,
+        scale="none",
+    )
+    save_encoder(Encoder(build_encoder_model(config, seed=0), config, name="backbone"), tmp_path / "model")
+    found = by_name(examine_model(tmp_path / "model"))
+    assert {c.state for c in found.values() if c.name != "near copies"} == {"ok"}, found
+    assert ("spread of texts" in found, "preprocessing" in found) == (sides == "text", sides == "image")
+    assert "without one" in found["logit scale"].detail
+    vectors = json.loads(next((tmp_path / "home" / "selftest").iterdir()).read_text())["vectors"]
+    assert set(vectors) == {f"{sides}s"}
 
 
 def test_weights_of_another_model_are_named(tmp_path: Path, state: dict[str, Tensor]) -> None:

@@ -29,7 +29,11 @@ def run(
     checks = environment_checks(environment)
     model_checks = []
     if model is not None:
-        model_checks = examine_model(model, device=device, family=family, pretrained=pretrained, allow_code=allow_code)
+        from chiasm.cli.inputs import members_of
+
+        model_checks = examine_model(
+            members_of(model), device=device, family=family, pretrained=pretrained, allow_code=allow_code
+        )
     everything = [*checks, *model_checks]
     if as_json:
         print_json({**environment, "checks": [c.to_dict() for c in everything]})

@@ -244,10 +244,15 @@ def load_encoder(model: str, *, device: str, family: str | None, allow_code: boo
     prepare(model)
     from chiasm.load import load
 
-    if "*" in model and not Path(model).exists():
-        pattern = Path(model).expanduser()
-        several = sorted(p for p in pattern.parent.glob(pattern.name) if p.is_file())
-        if not several:
-            raise InputError(f"no file fits `{pattern.name}`", hint="check the folder, and quote the pattern")
-        return load(several, device=device, family=family, allow_code=allow_code)
-    return load(model, device=device, family=family, allow_code=allow_code)
+    return load(members_of(model), device=device, family=family, allow_code=allow_code)
+
+
+def members_of(model: str) -> str | list[Path]:
+    """Return the files that a pattern (``best_*.pt``) names, the members of an ensemble; a name or path as it is."""
+    if "*" not in model or Path(model).exists():
+        return model
+    pattern = Path(model).expanduser()
+    several = sorted(p for p in pattern.parent.glob(pattern.name) if p.is_file())
+    if not several:
+        raise InputError(f"no file fits `{pattern.name}`", hint="check the folder, and quote the pattern")
+    return several

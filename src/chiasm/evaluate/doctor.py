@@ -7,7 +7,8 @@ import math
 import os
 import platform
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -100,7 +101,7 @@ def environment_checks(environment: dict[str, Any]) -> list[Check]:
 
 
 def examine_model(
-    model: str | Path,
+    model: str | Path | Sequence[str | Path],
     *,
     family: str | None = None,
     pretrained: str | Path | None = None,
@@ -110,7 +111,7 @@ def examine_model(
     """Check the weights of a model, load it, probe it, and compare it with its recorded self-test.
 
     Args:
-        model: See :func:`chiasm.load`.
+        model: See :func:`chiasm.load`; of the members of an ensemble, what is sound is said once.
         family: See :func:`chiasm.load`.
         pretrained: See :func:`chiasm.load`.
         device: Where the weights go.
@@ -123,7 +124,14 @@ def examine_model(
     from chiasm.evaluate.weight_checks import check_weights
     from chiasm.load import load
 
-    checks = check_weights(model, family=family, pretrained=pretrained)
+    checks: list[Check] = []
+    for member in [model] if isinstance(model, (str, Path)) else model:
+        found = check_weights(member, family=family, pretrained=pretrained)
+        checks += (
+            [replace(c, name=f"{c.name} of `{Path(member).name}`") for c in found if c.state != "ok"]
+            if checks
+            else found
+        )
     try:
         encoder = load(model, device=device, family=family, pretrained=pretrained, allow_code=allow_code)
     except ChiasmError as error:

@@ -80,8 +80,8 @@ def check_weights(model: str | Path, *, family: str | None = None, pretrained: s
         CheckpointError: Absent, damaged or foreign; the message says what to do.
     """
     path, entry = _locate(model, family, pretrained)
-    files = weight_files(path)
-    if not files:  # let the loader say what it expects
+    files = [] if path is None else weight_files(path)
+    if path is None or not files:  # let the loader say what it expects
         return []
     tensors = _tensors(path, files, entry)
     kinds = sorted({CONTAINERS[sniff(f)] for f in files})
@@ -107,12 +107,14 @@ def weight_files(path: Path) -> list[Path]:
     return sorted(p for p in path.glob("*") if p.is_file() and p.suffix in suffixes and "args" not in p.stem)
 
 
-def _locate(model: str | Path, family: str | None, pretrained: str | Path | None) -> tuple[Path, CatalogEntry | None]:
+def _locate(
+    model: str | Path, family: str | None, pretrained: str | Path | None
+) -> tuple[Path | None, CatalogEntry | None]:
     named = CATALOG.find(family) if family is not None and family not in openai.FAMILIES else None
     entry = CATALOG.find(model) if isinstance(model, str) else None
     if entry is not None:
         given = pretrained not in (None, "openai")
-        return (Path(str(pretrained)).expanduser() if given else fetch.obtain(entry)), entry
+        return (_existing(str(pretrained)) if given else fetch.obtain(entry)), entry
     if fetch.is_address(model):
         meant = fetch.parse_address(str(model))
         if isinstance(meant, CatalogEntry):
@@ -122,12 +124,12 @@ def _locate(model: str | Path, family: str | None, pretrained: str | Path | None
     return _existing(pretrained if pretrained is not None else model), named
 
 
-def _existing(path: str | Path) -> Path:
+def _existing(path: str | Path) -> Path | None:
     try:
         found = Path(path).expanduser()
-        return found if found.exists() else Path()
+        return found if found.exists() else None
     except (RuntimeError, OSError, ValueError):
-        return Path()
+        return None
 
 
 def _tensors(path: Path, files: list[Path], entry: CatalogEntry | None) -> dict[str, Tensor]:
