@@ -447,11 +447,11 @@ def create_model_and_transforms(
 
 
 def get_tokenizer(name: str | Path) -> Tokenizer:
-    """Return the tokenizer of an architecture, of a catalog name, or of a chiasm model folder.
+    """Return the tokenizer of an architecture, of a catalog name, or of a model folder.
 
     Raises:
         UnknownName: No model of that name.
-        CheckpointError: A folder that holds no chiasm model.
+        CheckpointError: A folder that holds no model.
     """
     from chiasm.data.tokenizers import make_tokenizer
 
@@ -461,6 +461,8 @@ def get_tokenizer(name: str | Path) -> Tokenizer:
     if name in ARCHITECTURES:
         return make_tokenizer(ARCHITECTURES[str(name)].tokenizer)
     path = Path(name).expanduser()
+    if path.is_dir() and not native.is_model_dir(path):
+        return make_tokenizer(_read(path, None).config.tokenizer)
     if path.exists():
         return make_tokenizer(_config(native.read_description(path)["config"]).tokenizer)
     return make_tokenizer(CATALOG.get(str(name)).config.tokenizer)

@@ -18,7 +18,7 @@ from chiasm.encoders.base import EncoderConfig
 from chiasm.encoders.build import build_encoder_model
 from chiasm.encoders.catalog import CATALOG
 from chiasm.errors import CheckpointError, ConfigError
-from chiasm.load import load
+from chiasm.load import get_tokenizer, load
 
 SMALL_CLIP: dict[str, Any] = {"image_size": 32, "patch_size": 16, "width": 64, "layers": 2, "heads": 1}
 
@@ -83,6 +83,7 @@ def test_a_folder_is_obeyed_and_its_activation_told(
     with caplog.at_level(logging.INFO, logger="chiasm"):
         ours = load(path, family=name)
     assert ours.name == name
+    assert torch.equal(get_tokenizer(path)("a leaf"), ours.tokenizer("a leaf"))
     assert ours.config.text.activation == "gelu"
     assert ours.preprocess_spec.std == (0.25, 0.25, 0.25)
     assert "was trained with quick_gelu, its folder states gelu" in caplog.text

@@ -254,9 +254,13 @@ def test_poolers_and_projections_of_a_bert(tmp_path: Path, pooler: str | None, p
     build(folder, {"embed_dim": 64, "vision_cfg": VISION, "text_cfg": text})
     ours, parts = load(folder), peer_of(folder)
     assert max(compare(ours, *parts)) <= TIGHT
-    unmasked = with_config(ours, text={"pool": "eot"}) if pooler == "mean_pooler" else None
-    if unmasked is not None:
-        assert compare(unmasked, *parts)[1] > 10 * TIGHT
+    if pooler == "mean_pooler":
+        assert compare(with_config(ours, text={"pool": "eot"}), *parts)[1] > 10 * TIGHT
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ids = parts[2](TEXTS)
+        unmasked = ours.model.text.proj(ours.model.text.transformer(ids, torch.ones_like(ids)))  # padding is seen
+        assert error(unmasked, parts[0].encode_text(ids)) > 10 * TIGHT
 
 
 @pytest.mark.parametrize("kind", ["roberta", "xlm-roberta"])
@@ -321,6 +325,12 @@ def test_quick_gelu_and_its_override(tmp_path: Path) -> None:
     parts = peer_of(folder)
     assert max(compare(load(folder), *parts)) <= TIGHT
     assert min(compare(load(folder, activation="gelu"), *parts)) > 10 * TIGHT
+    ours = load(folder)
+    ids, lengths, _ = ours.tokenizer.encode(TEXTS)
+    with torch.inference_mode():
+        expected = parts[0].encode_text(ids)
+        assert error(ours.model.encode_text(ids, lengths), expected) <= TIGHT
+        assert error(ours.model.encode_text(ids, lengths - 1), expected) > 10 * TIGHT  # not the end of the text
     config = folder / "open_clip_config.json"
     config.write_text(config.read_text().replace('"quick_gelu": true', '"quick_gelu": false'))
     assert min(compare(load(folder), *parts)) > 10 * TIGHT
