@@ -24,7 +24,7 @@ from torch import Tensor
 from chiasm import fetch
 from chiasm.checkpoints import huggingface, native, open_clip, openai, transformers_models
 from chiasm.checkpoints.containers import read_state_dict
-from chiasm.checkpoints.layouts import LAYOUTS, read_parts
+from chiasm.checkpoints.layouts import LAYOUTS, read_parts, refused_shapes
 from chiasm.checkpoints.open_clip_names import is_open_clip
 from chiasm.encoders.activation import activations_of, with_activation
 from chiasm.encoders.base import Encoder, EncoderConfig
@@ -250,8 +250,9 @@ def _read_entry(path: Path, entry: CatalogEntry, family: str | None) -> _Source:
         return _described(_read(path, None), entry)
     layout = LAYOUTS[entry.layout]
     found = read_parts(path, layout)
-    config = entry.config if layout.infer is None else _config(layout.infer(found, entry.config.to_dict()))
-    tensors = layout.convert(found, config.to_dict())
+    with refused_shapes(layout):
+        config = entry.config if layout.infer is None else _config(layout.infer(found, entry.config.to_dict()))
+        tensors = layout.convert(found, config.to_dict())
     return _Source(entry.name, replace(config, tokenizer=_tokenizer_of(path, entry)), tensors)
 
 

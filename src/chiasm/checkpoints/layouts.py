@@ -7,7 +7,8 @@ keys cannot tell that (OpenAI's B/32, CheXzero and QuiltNet share theirs): the c
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
@@ -58,6 +59,21 @@ LAYOUTS: Mapping[str, Layout] = {layout.name: layout for layout in _ALL}
 def find_layout(tensors: Mapping[str, Tensor]) -> Layout | None:
     """Return the layout whose names these are, or None."""
     return next((layout for layout in LAYOUTS.values() if layout.matches(tensors)), None)
+
+
+@contextmanager
+def refused_shapes(layout: Layout) -> Iterator[None]:
+    """Turn what torch says of tensors of impossible shapes, while they are converted, into an error about the file.
+
+    Raises:
+        CheckpointError: In the place of torch's and Python's own errors.
+    """
+    try:
+        yield
+    except (ArithmeticError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the weights have tensors of shapes that the layout `{layout.name}` does not have"
+        ) from error
 
 
 def read_parts(path: str | Path, layout: Layout) -> dict[str, Tensor]:
