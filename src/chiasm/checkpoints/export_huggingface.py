@@ -52,7 +52,6 @@ def _clip(
         f"the image pooling `{image['pool']}`": image["pool"] == "cls",
         f"the text pooling `{text['pool']}`": text["pool"] == "eot",
         "a text tower without a causal mask": text["causal"],
-        "a text tower with an epsilon other than 1e-5": text.get("ln_eps", 1e-5) == 1e-5,
         "projections other than two matrices": projection["image"] == projection["text"] == "linear"
         and not projection.get("biased"),
         "a bias of the logits": config.get("logit_bias_init") is None,
@@ -71,7 +70,8 @@ def _clip(
         "logit_scale_init_value": config["logit_scale_init"],
         "text_config": {
             **_tower(text), "model_type": "clip_text_model", "max_position_embeddings": text["context_length"],
-            "vocab_size": text["vocab_size"], "projection_dim": dim, "layer_norm_eps": 1e-5,
+            "vocab_size": text["vocab_size"], "projection_dim": dim,
+            "layer_norm_eps": text.get("ln_eps", 1e-5),
             "bos_token_id": text["vocab_size"] - 2, "eos_token_id": text["vocab_size"] - 1,
             "pad_token_id": text["vocab_size"] - 1,
         },

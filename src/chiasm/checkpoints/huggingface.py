@@ -147,8 +147,9 @@ def read_model_dir(directory: str | Path) -> tuple[dict[str, Tensor], dict[str, 
         text_heads=_integer(text, "num_attention_heads", 8),
     )
     config["image"] |= {"activation": _activation(vision), "ln_eps": _number(vision, "layer_norm_eps", 1e-5)}
-    if _number(text, "layer_norm_eps", 1e-5) != 1e-5:
-        raise CheckpointError("the text tower's LayerNorm epsilon is not 1e-5, which chiasm's text tower has")
+    epsilon = _number(text, "layer_norm_eps", 1e-5)
+    if epsilon != 1e-5:
+        config["text"]["ln_eps"] = epsilon
     processor = directory / "preprocessor_config.json"
     if processor.is_file():
         config["preprocess"] = preprocess_of(read_json(processor))
