@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from chiasm.embed import embed_images, embed_texts
     from chiasm.encoders.base import Encoder
     from chiasm.errors import ChiasmError
@@ -54,7 +56,49 @@ __all__ = [
 ]
 
 
+def _load(
+    name_or_path: Any,
+    *,
+    device: Any = "cpu",
+    allow_code: bool = False,
+    pretrained: Any = None,
+    family: str | None = None,
+    activation: str | None = None,
+) -> Encoder:
+    """Load an encoder by a name that ``chiasm models`` lists, an address or a path: see :func:`chiasm.load.load`.
+
+    Weights that are absent are missed before torch, which takes seconds, is imported.
+    """
+    from chiasm.fetch import prepare
+
+    prepare(name_or_path, pretrained=pretrained)
+    loader: Callable[..., Encoder] = import_module("chiasm.load").load
+    return loader(
+        name_or_path,
+        device=device,
+        allow_code=allow_code,
+        pretrained=pretrained,
+        family=family,
+        activation=activation,
+    )
+
+
+def _create(name: Any, pretrained: Any = None, **options: Any) -> Any:
+    """Return model and transforms, as open_clip does: see :func:`chiasm.load.create_model_and_transforms`."""
+    from chiasm.fetch import prepare
+
+    prepare(name, pretrained=pretrained)
+    return import_module("chiasm.load").create_model_and_transforms(name, pretrained, **options)
+
+
+#: What fetches weights looks for them before it imports the module, which imports torch. Once somebody has imported
+#: ``chiasm.load``, that module itself stands under this name; it can be called just so.
+_EARLY = {"load": _load, "create_model_and_transforms": _create}
+
+
 def __getattr__(name: str) -> Any:
+    if name in _EARLY:
+        return _EARLY[name]
     if name in _PUBLIC:
         return getattr(import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module 'chiasm' has no attribute {name!r}")

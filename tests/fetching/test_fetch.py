@@ -402,3 +402,17 @@ def test_commands_miss_weights_before_they_import_torch(
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout.split() == ["1", "False"], done.stderr
     assert "chiasm bundle" in done.stderr
+
+
+@pytest.mark.parametrize("call", ["load({!r})", "load({!r}, pretrained='openai')", "create_model_and_transforms({!r})"])
+def test_python_misses_weights_before_it_imports_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    code = (
+        "import sys, chiasm\n"
+        f"try:\n    chiasm.{call.format('openai/ViT-B-32')}\n"
+        "except chiasm.ChiasmError as error:\n    print('torch' in sys.modules, error)\n"
+    )
+    monkeypatch.setenv("CHIASM_HOME", str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.startswith("False ") and "chiasm bundle openai/ViT-B-32" in done.stdout, done.stderr
