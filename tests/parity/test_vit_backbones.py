@@ -335,3 +335,21 @@ def test_a_users_own_vit_tells_its_shape(name: str, tmp_path: Path) -> None:
     pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     assert error(encoder.encode_image(pixels), embed(theirs, pixels)) <= TIGHT
     assert encoder.dim == WIDTH
+
+
+@pytest.mark.parametrize("size", [(317, 411), (96, 96)])
+def test_pixels_of_phikon(size: tuple[int, int]) -> None:
+    """transformers 5 resizes the tensor in whole numbers of 255, chiasm with Pillow: at most one of them apart."""
+    from transformers import ViTImageProcessor
+
+    from chiasm.data.transforms import image_transform
+
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    processor: Any = ViTImageProcessor(size={"height": 224, "width": 224}, resample=2, image_mean=mean, image_std=std)
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 30, 3), dtype=np.uint8)).resize(size)
+    expected = torch.as_tensor(np.asarray(processor(image, return_tensors="pt")["pixel_values"][0]))
+    found = image_transform(CATALOG.get("phikon").config.preprocess)(image)
+    assert float(((found - expected).abs() * torch.tensor(std)[:, None, None] * 255).max()) <= 1.001
+    cropped = image_transform(CATALOG.get("uni").config.preprocess)(image)
+    if size[0] != size[1]:
+        assert float((cropped - expected).abs().mean()) > 0.05
