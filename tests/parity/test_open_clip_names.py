@@ -11,6 +11,9 @@ import torch
 
 from chiasm.checkpoints.export_open_clip import _TIMM_NAMES
 from chiasm.checkpoints.open_clip_config import config_of
+from chiasm.checkpoints.open_clip_names import from_native, to_native
+from chiasm.encoders.base import EncoderConfig
+from chiasm.encoders.build import build_encoder_model
 from chiasm.errors import CheckpointError
 
 pytestmark = pytest.mark.peer
@@ -94,3 +97,28 @@ def test_every_configuration_of_open_clip_is_understood_or_refused() -> None:
         foreign = "states no configuration" in message  # a Hugging Face text tower, whose folder has it
         assert foreign or any(o in name for o in OTHERS) or "MobileCLIP" in model_name, (model_name, message)
     assert len(understood) >= 60, len(understood)
+
+
+@pytest.mark.parametrize("name", ["ViT-B-16-SigLIP", "ViT-SO400M-14-SigLIP-384", "coca_ViT-L-14", "RN50x4"])
+def test_full_size_names_and_shapes_both_ways(name: str) -> None:
+    """Without memory: every tensor of the model in full size has its place here, and its way back."""
+    import open_clip
+    from open_clip.coca_model import CoCa
+
+    stated = open_clip.get_model_config(name)
+    keywords = json.loads(json.dumps(stated))
+    custom = keywords.pop("custom_text", False)
+    kind: Any = CoCa if "multimodal_cfg" in keywords else open_clip.CustomTextCLIP if custom else open_clip.CLIP
+    with torch.device("meta"):
+        theirs = kind(**keywords).state_dict()
+    values = config_of(stated, theirs, Path())
+    values["preprocess"] = {"size": values["image"]["image_size"]}
+    config = EncoderConfig.from_dict(values)
+    ours = build_encoder_model(config, device="meta").state_dict()
+    converted = to_native(theirs, config.to_dict())
+    assert {k: v.shape for k, v in converted.items()} == {k: v.shape for k, v in ours.items()}
+    back = from_native(ours, config.to_dict())
+    assert set(back) == {key for key in theirs if not key.startswith("text_decoder.")}
+    for key, tensor in back.items():
+        if key != "visual.attn_pool.query":  # of CoCa's queries the first is the embedding
+            assert tensor.shape == theirs[key].shape, key
