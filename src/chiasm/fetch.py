@@ -288,13 +288,17 @@ def absent(entry: CatalogEntry, error: DownloadError | None = None) -> Checkpoin
         }[entry.gate]
     )
     bundle = f"; or where there is a network: `chiasm bundle {entry.name} DIR`, then load DIR here"
-    here = f"`load({entry.name!r}, pretrained='/path/to/it')`, or put it into {models_folder()}"
+    here = (
+        f"`load({entry.name!r}, pretrained='/path/to/it')` (in commands `--model /path/to/it --family {entry.name}`), "
+        f"or put it into {models_folder()} named `{entry.name.rsplit('/', 1)[-1]}`, with its own ending"
+    )
     if source is None:
         return CheckpointError(message, hint=f"give the path of your own: {here}")
     place = source.url or (f"{endpoint()}/{source.repository}" if source.repository else "")
     if source.ask or entry.gate == "request" or not place:
         ask = source.ask or f"ask its authors: {source.source}"
-        return CheckpointError(message, hint=f"{ask}{terms}, then {here}")
+        carry = f"; `chiasm bundle {entry.name} DIR --pretrained /path/to/it` makes a folder for other machines"
+        return CheckpointError(message, hint=f"{ask}{terms}, then {here}{carry}")
     return CheckpointError(message, hint=f"{_account(error, place)}get {place}{terms}, then {here}{bundle}")
 
 

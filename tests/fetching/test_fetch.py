@@ -409,4 +409,5 @@ def test_python_misses_weights_before_it_imports_torch(
     )
     monkeypatch.setenv("CHIASM_HOME", str(tmp_path))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert done.stdout.startswith("False ") and "chiasm bundle openai/ViT-B-32" in done.stdout, done.stderr
+    assert done.stdout.startswith("False "), done.stderr
+    assert "chiasm bundle openai/ViT-B-32" in done.stdout

@@ -36,8 +36,6 @@ def run(
 ) -> None:
     """Compute the map, write the overlay, say where its maximum lies."""
     from chiasm.cli.inputs import load_encoder
-    from chiasm.explain.heatmap import overlay
-    from chiasm.explain.methods import MethodName, explain
     from chiasm.io.image import open_image
     from chiasm.io.manifest import write_bytes_atomic
 
@@ -46,6 +44,9 @@ def run(
     if kind is None:
         raise InputError(f"`--out {target.name}` is no picture", hint=f"let it end in {', '.join(FORMATS)}")
     encoder = load_encoder(model, device=device, family=family, allow_code=allow_code)
+    from chiasm.explain.heatmap import overlay  # imports torch, which an absent model must not wait for
+    from chiasm.explain.methods import MethodName, explain
+
     picture = open_image(image)
     heat = explain(encoder, picture, text, method=cast(MethodName, method))
     stream = io.BytesIO()

@@ -25,6 +25,9 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Load, write, say what differs."""
+    from chiasm.fetch import prepare
+
+    prepare(model)  # what is absent is missed before torch is imported
     from chiasm.export import Target, export_encoder
     from chiasm.load import load
 

@@ -30,7 +30,10 @@ SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything draw
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Images or texts per forward pass.")]
 FamilyOption = Annotated[
     str | None,
-    typer.Option("--family", help="What a bare weight file is (openai, open_clip): its keys cannot tell."),
+    typer.Option(
+        "--family",
+        help="Whose weights a file holds, which its keys cannot tell: a name from `chiasm models`, openai or open_clip.",
+    ),
 ]
 CodeOption = Annotated[
     bool, typer.Option("--allow-code", help="Run a Python module that the model folder names as its tower.")
