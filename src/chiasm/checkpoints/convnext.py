@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from chiasm.checkpoints.layout import Layout, renamed
+from chiasm.checkpoints.layout import Layout, renamed, without_prefixes
 
 STAGES = range(8)
 #: Inside a block, the names of all layouts -> transformers'.
@@ -54,13 +54,7 @@ _BLOCKS = re.compile(
 
 def plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors without the prefixes of training wraps and of transformers' models with a head."""
-    result = {}
-    for name, tensor in tensors.items():
-        short = name
-        for prefix in PREFIXES:
-            short = short.removeprefix(prefix)
-        result[short] = tensor
-    return result
+    return without_prefixes(tensors, PREFIXES)
 
 
 def is_convnext(tensors: Mapping[str, Tensor]) -> bool:

@@ -51,3 +51,14 @@ def renamed(name: str, rules: Sequence[tuple[str, str]]) -> str:
         if count:
             return new
     return name
+
+
+def without_prefixes(tensors: Mapping[str, Tensor], prefixes: Sequence[str]) -> dict[str, Tensor]:
+    """Return the tensors without what training wraps put before every name; each prefix is taken off once, in order."""
+    result: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        short = name
+        for prefix in prefixes:
+            short = short.removeprefix(prefix)
+        result[short] = tensor
+    return result

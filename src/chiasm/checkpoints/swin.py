@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from chiasm.checkpoints.layout import Layout, renamed
+from chiasm.checkpoints.layout import Layout, renamed, without_prefixes
 from chiasm.checkpoints.medclip import swin_names
 
 STAGES = range(8)
@@ -61,13 +61,7 @@ PREFIXES = ("module.", "swin.", "backbone.", "trunk.")
 
 def plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors without the prefixes of training wraps and of transformers' models with a head."""
-    result = {}
-    for name, tensor in tensors.items():
-        short = name
-        for prefix in PREFIXES:
-            short = short.removeprefix(prefix)
-        result[short] = tensor
-    return result
+    return without_prefixes(tensors, PREFIXES)
 
 
 def is_swin(tensors: Mapping[str, Tensor]) -> bool:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from chiasm.checkpoints.layout import Layout, renamed
+from chiasm.checkpoints.layout import Layout, renamed, without_prefixes
 from chiasm.errors import CheckpointError
 
 BLOCK = r"blocks\.(?:\d+\.(?=\d+\.))?(\d+)\."  # DINOv2's training checkpoints put blocks into chunks
@@ -62,13 +62,7 @@ DINO_OFFSET = 0.1
 
 def plain_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors without the prefixes that training wraps put before every backbone name."""
-    result: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        short = name
-        for prefix in PREFIXES:
-            short = short.removeprefix(prefix)
-        result[short] = tensor
-    return result
+    return without_prefixes(tensors, PREFIXES)
 
 
 def is_timm_vit(tensors: Mapping[str, Tensor]) -> bool:
