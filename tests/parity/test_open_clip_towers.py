@@ -218,6 +218,7 @@ def test_forward_and_loss_gradients_match_open_clip() -> None:
         ({"text": {"activation": "gelu"}}, 1),
         ({"text": {"causal": False}}, 1),
         ({"text": {"pool": "mean"}}, 1),
+        ({"text": {"pool": "last"}}, 1),
         ({"text": {"heads": 4}}, 1),
     ],
 )

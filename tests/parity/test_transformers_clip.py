@@ -17,7 +17,7 @@ LIMIT = 1e-5
 EOT = 119
 
 
-def peer(activation: str) -> Any:
+def peer(activation: str, dim: int = 40) -> Any:
     from transformers import CLIPConfig, CLIPModel
 
     config = CLIPConfig(
@@ -30,7 +30,7 @@ def peer(activation: str) -> Any:
             "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
             "image_size": 48, "patch_size": 16, "hidden_act": activation,
         },
-        projection_dim=40,
+        projection_dim=dim,
     )  # fmt: skip
     torch.manual_seed(3)
     model = CLIPModel(config).eval()
@@ -84,13 +84,13 @@ def to_native(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def native(theirs: Any, activation: Any, **image: Any) -> DualEncoder:
+def native(theirs: Any, activation: Any, dim: int = 40, **image: Any) -> DualEncoder:
     config = EncoderConfig(
         image=ImageTowerConfig(
             image_size=48, patch_size=16, width=64, layers=3, heads=4, activation=activation, **image
         ),
         text=TextTowerConfig(context_length=20, vocab_size=120, width=48, layers=3, heads=3, activation=activation),
-        projection=ProjectionConfig(dim=40),
+        projection=ProjectionConfig(dim=dim),
         tokenizer={"kind": "clip", "context_length": 20},
         preprocess=Preprocess(size=48),
     )
@@ -140,3 +140,34 @@ def test_the_wrong_activation_fails_the_tolerance() -> None:
 def test_the_wrong_image_setting_fails_the_tolerance(wrong: dict[str, Any]) -> None:
     theirs = peer("gelu")
     assert errors(native(theirs, "gelu", **wrong), theirs)[0] > 10 * LIMIT
+
+
+@pytest.mark.parametrize(
+    ("trap", "key", "side"),
+    [
+        ("transposed", "visual.proj", 0),
+        ("dropped", "visual.proj", 0),
+        ("transposed", "text_projection", 1),
+        ("dropped", "text_projection", 1),
+        ("query and key swapped", "visual.transformer.resblocks.1.attn.in_proj_weight", 0),
+        ("query and key swapped", "transformer.resblocks.1.attn.in_proj_weight", 1),
+        ("norms swapped", "visual.ln_pre.weight", 0),
+    ],
+)
+def test_a_wrong_line_in_the_table_of_names_fails_the_tolerance(trap: str, key: str, side: int) -> None:
+    """What the strict load cannot see: the tensors are those of the file, and their shapes fit."""
+    theirs = peer("quick_gelu", dim=(64, 48)[side])
+    ours = native(theirs, "quick_gelu", dim=(64, 48)[side])
+    assert errors(ours, theirs)[side] <= LIMIT
+    tensor = dict(ours.named_parameters())[key].data
+    right = tensor.clone()
+    if trap == "transposed":
+        tensor.copy_(right.T)
+    elif trap == "dropped":
+        tensor.copy_(torch.eye(len(right)))
+    elif trap == "norms swapped":
+        tensor.copy_(ours.get_parameter("visual.ln_post.weight"))
+    else:
+        width = len(right) // 3
+        tensor.copy_(torch.cat([right[width : 2 * width], right[:width], right[2 * width :]]))
+    assert errors(ours, theirs)[side] > 10 * LIMIT
