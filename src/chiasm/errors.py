@@ -41,7 +41,8 @@ class UnknownName(ChiasmError, LookupError):
 
     def __init__(self, kind: str, name: str, known: Iterable[str], *, hint: str | None = None) -> None:
         message = f"unknown {kind} `{name}`"
-        near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+        folded = {other.casefold(): other for other in sorted(known, reverse=True)}
+        near = [folded[k] for k in difflib.get_close_matches(name.casefold(), list(folded), n=1, cutoff=0.5)]
         if near:
             message += f"; did you mean `{near[0]}`?"
         super().__init__(message, hint=hint)

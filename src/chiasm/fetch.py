@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
 
-from chiasm.encoders.catalog import CATALOG, CatalogEntry
+from chiasm.encoders.catalog import ARCHITECTURES, CATALOG, CatalogEntry
 from chiasm.errors import CheckpointError, FileFormatError, InputError, UnknownName
 from chiasm.io.download import DownloadError, check_reach, download
 from chiasm.io.hub import COMMIT, endpoint, file_address, read_listing
@@ -198,7 +198,7 @@ def prepare(model: str | Path, *, pretrained: str | Path | None = None) -> None:
     """Bring the files of a name or an address, before anybody imports torch; paths are left to the loader.
 
     Raises:
-        ChiasmError: As :func:`obtain`, :func:`obtain_address` and :func:`parse_address`.
+        ChiasmError: As :func:`obtain`, :func:`obtain_address` and :func:`parse_address`; a name that nobody knows.
     """
     if not isinstance(model, str) or pretrained not in (None, "openai"):
         return
@@ -207,6 +207,13 @@ def prepare(model: str | Path, *, pretrained: str | Path | None = None) -> None:
         obtain(meant)
     elif meant is not None:
         obtain_address(meant, entry=entry_of(meant))
+    elif model not in ARCHITECTURES and not _may_be_a_path(model):
+        CATALOG.get(model)
+
+
+def _may_be_a_path(name: str) -> bool:
+    """Whether a name that the catalog does not have may be meant as a file, a folder or a pattern."""
+    return name.startswith((".", "~", "/")) or "*" in name or name.endswith(WEIGHT_SUFFIXES) or os.path.exists(name)
 
 
 def obtain(entry: CatalogEntry, *, progress: Progress | None = None) -> Path:
@@ -292,12 +299,15 @@ def absent(entry: CatalogEntry, error: DownloadError | None = None) -> Checkpoin
         f"`load({entry.name!r}, pretrained='/path/to/it')` (in commands `--model /path/to/it --family {entry.name}`), "
         f"or put it into {models_folder()} named `{entry.name.rsplit('/', 1)[-1]}`, with its own ending"
     )
+    carry = f"; `chiasm bundle {entry.name} DIR --pretrained /path/to/it` makes a folder for other machines"
     if source is None:
-        return CheckpointError(message, hint=f"give the path of your own: {here}")
+        return CheckpointError(
+            f"{message}: none were released under this name, or chiasm knows no address of them",
+            hint=f"give the path of your own: {here}{carry}; `chiasm models {entry.name}` says what is known",
+        )
     place = source.url or (f"{endpoint()}/{source.repository}" if source.repository else "")
     if source.ask or entry.gate == "request" or not place:
         ask = source.ask or f"ask its authors: {source.source}"
-        carry = f"; `chiasm bundle {entry.name} DIR --pretrained /path/to/it` makes a folder for other machines"
         return CheckpointError(message, hint=f"{ask}{terms}, then {here}{carry}")
     return CheckpointError(message, hint=f"{_account(error, place)}get {place}{terms}, then {here}{bundle}")
 

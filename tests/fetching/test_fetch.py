@@ -239,7 +239,8 @@ def test_offline_says_at_once_what_to_do(site: Any, monkeypatch: pytest.MonkeyPa
     assert time.monotonic() - started < 3
     assert "licence: CC-BY-4.0" in str(caught.value.hint)
     assert "pretrained='/path/to/" in str(caught.value.hint)
-    assert ("chiasm bundle tiny" in str(caught.value.hint)) == (gate != "request")
+    assert "chiasm bundle tiny DIR" in str(caught.value.hint)
+    assert ("where there is a network" in str(caught.value.hint)) == (gate != "request")
     with pytest.raises(CheckpointError, match="forbids downloads") as caught:
         obtain_address(HubAddress("org/tiny"))
     assert "chiasm bundle hf-hub:org/tiny DIR" in str(caught.value.hint)
@@ -396,6 +397,13 @@ def test_commands_miss_weights_before_they_import_torch(
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout.split() == ["1", "False"], done.stderr
     assert "chiasm bundle" in done.stderr
+
+
+def test_a_name_that_nobody_knows_is_missed_early_and_a_path_is_left_to_the_loader(tmp_path: Path) -> None:
+    with pytest.raises(UnknownName, match="did you mean `biomedclip`"):
+        fetch.prepare("BiomedCLIP")
+    for path in ("~/x", "./x", "x.pt", "best_*", str(tmp_path), "ViT-B-32"):
+        fetch.prepare(path)
 
 
 @pytest.mark.parametrize("call", ["load({!r})", "load({!r}, pretrained='openai')", "create_model_and_transforms({!r})"])
