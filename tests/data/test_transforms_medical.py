@@ -180,6 +180,12 @@ def test_a_wrong_declaration_shows(name: str, change: dict[str, Any]) -> None:
     assert float(difference) > 0.02  # the right one is within 2e-6
 
 
+def test_an_image_of_one_grey_is_stretched_to_black() -> None:
+    """BioViL's reference divides by zero there."""
+    even = Image.fromarray(np.full((40, 50), 77, dtype=np.uint8))
+    assert float(image_transform(ALL["biovil"])(even).abs().max()) == 0
+
+
 def test_antialiasing_in_the_second_resize_would_show() -> None:
     image = picture((500, 400))
     planes = image_transform(dataclasses.replace(CHEXZERO, size=320, second_resize=None))(image)

@@ -337,22 +337,29 @@ def test_quick_gelu_and_its_override(tmp_path: Path) -> None:
     assert max(compare(load(folder, activation="quick_gelu"), *parts)) <= TIGHT
 
 
-def test_positions_for_another_image_size(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("size", "wrong"), [(112, {"mode": "bilinear"}), (32, {"antialias": False})])
+def test_positions_for_another_image_size(tmp_path: Path, size: int, wrong: dict[str, Any]) -> None:
     import open_clip
 
     folder = build(tmp_path / "model", {"embed_dim": 48, "vision_cfg": VISION, "text_cfg": TEXT})
     config = folder / "open_clip_config.json"
-    config.write_text(config.read_text().replace('"image_size": 64', '"image_size": 112'))
+    config.write_text(config.read_text().replace('"image_size": 64', f'"image_size": {size}'))
     ours, parts = load(folder), peer_of(folder)
-    assert ours.preprocess_spec.size == 112
+    assert ours.preprocess_spec.size == size
     assert max(compare(ours, *parts)) <= TIGHT
     assert isinstance(parts[0], open_clip.CLIP)
-    positions: Tensor = ours.model.visual.positional_embedding
     state = torch.load(folder / "open_clip_pytorch_model.bin", weights_only=True)["visual.positional_embedding"]
-    from chiasm.checkpoints.timm import resize_positions
+    planes = state[1:].reshape(4, 4, -1).permute(2, 0, 1)[None]
 
+    def resized(**options: Any) -> Tensor:
+        rule: dict[str, Any] = {"mode": "bicubic", "antialias": True, **options}
+        grid = torch.nn.functional.interpolate(planes, (size // 16, size // 16), **rule)[0]
+        return torch.cat([state[:1], grid.permute(1, 2, 0).flatten(0, 1)])
+
+    positions: Tensor = ours.model.visual.positional_embedding
+    assert torch.allclose(positions, resized(), atol=1e-6)
     with torch.no_grad():
-        positions.copy_(resize_positions(state, 7, antialias=False) + 1e-3)
+        positions.copy_(resized(**wrong))
     assert compare(ours, *parts)[0] > 10 * TIGHT
 
 
