@@ -7,6 +7,7 @@ import json
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -269,11 +270,18 @@ def test_every_absent_model_of_the_catalog_fails_fast_and_says_where_it_is(
             obtain(CATALOG.get(name))
         assert "/path/to/" in str(caught.value.hint), name
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setattr(socket, "create_connection", lambda *_, **__: time.sleep(60))
+    over = threading.Event()
+
+    def swallow(*_: Any, **__: Any) -> None:
+        over.wait(60)
+        raise OSError  # whatever else the thread left behind did would fail a later test
+
+    monkeypatch.setattr(socket, "create_connection", swallow)
     started = time.monotonic()
     with pytest.raises(CheckpointError, match="cannot be reached"):
         obtain(CATALOG.get("openai/ViT-B-32"))
     assert time.monotonic() - started < 3
+    over.set()
 
 
 def test_addresses() -> None:
