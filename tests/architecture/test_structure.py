@@ -19,14 +19,21 @@ LEVELS = {
     "io": 1,
     "datasets": 2, "data": 2, "checkpoints": 2, "losses": 2, "metrics": 2,
     "encoders": 3,
-    "fetch": 4, "load": 4, "embed": 4, "export": 4,
+    "fetch": 4, "load": 4, "embed": 4, "export": 4, "classifier": 4,
     "tasks": 5, "explain": 5, "train": 5,
-    "evaluate": 6, "bundle": 6,
+    "evaluate": 6, "bundle": 6, "pairing": 6, "distill": 6, "export_vision": 6,
     "web": 7,
     "cli": 8,
 }  # fmt: skip
 #: Neighbours on one level that may know each other, in this direction only.
-SIDEWAYS = {("embed", "load"), ("load", "fetch"), ("export", "load"), ("data", "datasets")}
+SIDEWAYS = {
+    ("embed", "load"),
+    ("load", "fetch"),
+    ("export", "load"),
+    ("data", "datasets"),
+    ("classifier", "load"),
+    ("distill", "pairing"),
+}
 TORCH_FREE = {"errors", "types", "registry", "config", "progress", "io", "datasets", "metrics", "tasks"}
 NEVER_TORCH = {"metrics"}
 BANNED = ("utils", "helpers", "common", "misc", "core", "legacy")
