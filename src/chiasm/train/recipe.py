@@ -397,16 +397,17 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     values.setdefault("data", {})
     recipe = build(Recipe, values)
     folder = path.resolve().parent
-    data = replace(recipe.data, source=_anchored(recipe.data.source, folder), root=_anchored(recipe.data.root, folder))
+    data = replace(recipe.data, source=anchored(recipe.data.source, folder), root=anchored(recipe.data.root, folder))
     start = recipe.start
     if start is not None and start.startswith((".", "..")):
-        start = _anchored(start, folder)
+        start = anchored(start, folder)
     recipe = replace(recipe, data=data, start=start)
     resolve_augment(recipe.augment)
     return recipe
 
 
-def _anchored(path: str | None, folder: Path) -> str | None:
+def anchored(path: str | None, folder: Path) -> str | None:
+    """Return a path that starts at the folder of a recipe, unless it is absolute, a URL or begins with a variable."""
     if path is None or path.startswith(("$", "~")) or "://" in path or Path(path).is_absolute():
         return path
     return str(folder / path)
