@@ -40,7 +40,7 @@ peers: setup
 	bash tools/make_peers.sh
 
 test-peers: peers
-	.venv-peers/bin/python -m pytest -m peer tests/parity
+	OMP_NUM_THREADS=1 .venv-peers/bin/python -m pytest -n 2 -m peer tests/parity
 
 golden: peers
 	.venv-peers/bin/python tests/golden/make_tokens.py
