@@ -10,7 +10,6 @@ order of their rows, whatever the block size, the thread count or the BLAS.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,12 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chiasm.errors import InputError, UnknownName
+from chiasm.tasks.top_rows import TopRows, dot_error
 from chiasm.tasks.zero_shot import unit_vectors
 from chiasm.types import Embeddings, Modality, Space, check_same_space
 
 BLOCK_ROWS = 16_384
 _QUERY_ROWS = 1_024
-_RESCORE_VALUES = 2**22  # fp64 numbers held while candidates are scored again: 32 MiB a side
 
 Exclude = Literal["none", "self", "patient"]
 
@@ -130,9 +129,14 @@ def search(
     scores = np.full((len(queries), k), np.nan, dtype=np.float32)
     for start in range(0, len(queries), _QUERY_ROWS):
         part = queries.select(np.arange(start, min(start + _QUERY_ROWS, len(queries))))
-        top = _Top(unit_vectors(part, "query"), k, hidden[start : start + len(part)] if hidden is not None else None)
+        units = unit_vectors(part, "query")
+        top = TopRows(len(part), k, dot_error(space.dim))
         for first in range(0, len(corpus), block_rows):
-            top.add(corpus.vectors[first : first + block_rows], first, normalized=corpus.normalized)
+            block = corpus.vectors[first : first + block_rows]
+            _add_block(
+                top, units, block, first, normalized=corpus.normalized,
+                hidden=None if hidden is None else hidden[start : start + len(part)],
+            )  # fmt: skip
         rows[start : start + len(part)] = top.rows
         scores[start : start + len(part)] = np.where(top.rows >= 0, top.scores, np.nan)
 
@@ -169,6 +173,37 @@ def _row_norms(block: NDArray[np.float32]) -> NDArray[np.float32]:
     return norms
 
 
+def _add_block(
+    top: TopRows,
+    queries: NDArray[np.float32],
+    block: NDArray[np.float32],
+    first: int,
+    *,
+    normalized: bool,
+    hidden: list[NDArray[np.int64]] | None,
+) -> None:
+    """Score the rows ``first, first + 1, ...`` of the corpus."""
+    rough = queries @ block.T
+    if not normalized:
+        rough /= _row_norms(block)
+    if not np.isfinite(rough).all():
+        raise InputError(
+            f"the corpus holds values that are not finite, in rows {first} to {first + len(block) - 1}",
+            hint="embed these rows again",
+        )
+    if hidden is not None:
+        for q, rows in enumerate(hidden):
+            inside = rows[(rows >= first) & (rows < first + len(block))]
+            rough[q, inside - first] = -np.inf
+
+    def exact(query: NDArray[np.int64], column: NDArray[np.int64]) -> NDArray[np.float64]:
+        found = block[column].astype(np.float64)
+        scores: NDArray[np.float64] = np.einsum("nd,nd->n", queries[query].astype(np.float64), found)
+        return scores if normalized else scores / np.sqrt(np.einsum("nd,nd->n", found, found))
+
+    top.add(rough, np.arange(first, first + len(block), dtype=np.int64), exact, width=block.shape[1])
+
+
 def _hidden_rows(queries: Embeddings, corpus: Embeddings, exclude: Exclude) -> list[NDArray[np.int64]] | None:
     """Return, per query, the rows that it may not find."""
     if exclude == "none":
@@ -181,80 +216,3 @@ def _hidden_rows(queries: Embeddings, corpus: Embeddings, exclude: Exclude) -> l
         if key in rows:
             rows[key].append(row)
     return [np.asarray(rows[key], dtype=np.int64) for key in wanted]
-
-
-class _Top:
-    """The running k best rows of a block of queries, in the order (falling fp64 score, rising row)."""
-
-    def __init__(self, queries: NDArray[np.float32], k: int, hidden: list[NDArray[np.int64]] | None) -> None:
-        self.queries = queries
-        self.k = k
-        self.hidden = hidden
-        self.rows = np.full((len(queries), k), -1, dtype=np.int64)
-        self.scores = np.full((len(queries), k), -np.inf)
-        # |fp32 dot - exact| <= dim * 2^-24 * |a||b| for any order of summation (Higham 2002, section 3.1), and as much
-        # again where raw rows are divided by a fp32 norm; norms are 1 up to 2 % (bf16 vectors marked as normalised).
-        self.error = 1.2 * (2 * queries.shape[1] + 4) * 2.0**-24
-
-    def add(self, block: NDArray[np.float32], first: int, *, normalized: bool) -> None:
-        """Take in the rows ``first, first + 1, ...`` of the corpus."""
-        rough = self.queries @ block.T
-        if not normalized:
-            rough /= _row_norms(block)
-        if not np.isfinite(rough).all():
-            raise InputError(
-                f"the corpus holds values that are not finite, in rows {first} to {first + len(block) - 1}",
-                hint="embed these rows again",
-            )
-        if self.hidden is not None:
-            for q, rows in enumerate(self.hidden):
-                inside = rows[(rows >= first) & (rows < first + len(block))]
-                rough[q, inside - first] = -np.inf
-        threshold = self.scores[:, -1] - self.error
-        if not np.isfinite(threshold).all():
-            self._raise_threshold(rough, threshold, ~np.isfinite(threshold))
-        keep = rough >= threshold.astype(np.float32)[:, None]
-        crowded = np.count_nonzero(keep, axis=1) > 8 * self.k + 64
-        if crowded.any():
-            self._raise_threshold(rough, threshold, crowded)
-            keep[crowded] = rough[crowded] >= threshold[crowded].astype(np.float32)[:, None]
-        flat = np.flatnonzero(keep)
-        if len(flat) == 0:
-            return
-        query, column = np.divmod(flat, len(block))
-        allowed = np.isfinite(rough[query, column])
-        query, column = query[allowed], column[allowed]
-        for part in self._chunks(query, block.shape[1]):
-            q, c = query[part], column[part]
-            found = block[c].astype(np.float64)
-            exact = np.einsum("nd,nd->n", self.queries[q].astype(np.float64), found)
-            if not normalized:
-                exact /= np.sqrt(np.einsum("nd,nd->n", found, found))
-            self._merge(q, c + first, exact)
-
-    def _raise_threshold(
-        self, rough: NDArray[np.float32], threshold: NDArray[np.float64], which: NDArray[np.bool_]
-    ) -> None:
-        """Raise the threshold of some queries to the k-th best of this block, less the rounding error."""
-        if rough.shape[1] < self.k:
-            return
-        kth = np.partition(rough[which], rough.shape[1] - self.k, axis=1)[:, rough.shape[1] - self.k]
-        threshold[which] = np.maximum(threshold[which], kth.astype(np.float64) - 2 * self.error)
-
-    @staticmethod
-    def _chunks(query: NDArray[np.int64], dim: int) -> Iterator[slice]:
-        step = max(1, _RESCORE_VALUES // dim)
-        for start in range(0, len(query), step):
-            yield slice(start, start + step)
-
-    def _merge(self, query: NDArray[np.int64], rows: NDArray[np.int64], exact: NDArray[np.float64]) -> None:
-        touched = np.unique(query)
-        all_query = np.concatenate([np.repeat(touched, self.k), query])
-        all_rows = np.concatenate([self.rows[touched].ravel(), rows])
-        all_scores = np.concatenate([self.scores[touched].ravel(), exact])
-        order = np.lexsort((all_rows, -all_scores, all_query))
-        sorted_query = all_query[order]
-        starts = np.searchsorted(sorted_query, touched)
-        best = order[(starts[:, None] + np.arange(self.k)[None, :])]
-        self.rows[touched] = all_rows[best]
-        self.scores[touched] = all_scores[best]
