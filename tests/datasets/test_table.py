@@ -14,6 +14,7 @@ from PIL import Image
 
 from chiasm.datasets import Columns, Dataset, load_table
 from chiasm.datasets.columns import MISSING, label_column
+from chiasm.datasets.parsing import parse_table
 from chiasm.errors import FileFormatError, InputError, UnknownName
 
 DATA = os.environ.get("CHIASM_DATA")
@@ -427,3 +428,24 @@ def test_real_captions_are_filtered_as_their_source_says() -> None:
     assert len(data.subset("dev")) == 197
     assert len(data) - len(data.filter_texts()) == 21
     assert len(data) - len(data.filter_texts(placeholders=(), min_words=4)) == 109
+
+
+def test_a_json_table_in_another_encoding_than_was_named_is_an_error(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_bytes('{"text": "naïve"}\n'.encode("cp1252"))
+    assert parse_table(path).rows == [(1, ["naïve"])]
+    with pytest.raises(FileFormatError, match="not utf-8 text"):
+        parse_table(path, encoding="utf-8")
+    with pytest.raises(InputError, match="unknown encoding"):
+        parse_table(path, encoding="utf-9")
+
+
+def test_lists_are_joined_as_asked_and_columns_left_unread(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"pages": [["one", None, "two"], []], "bytes": [b"1", b"2"]}), path)
+    table = parse_table(path, list_separator=" / ", only=("pages", "absent"))
+    assert table.header == ("pages",)
+    assert [cells for _, cells in table.rows] == [["one / two"], [""]]

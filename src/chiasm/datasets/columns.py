@@ -80,6 +80,15 @@ def is_missing(value: object) -> bool:
     return value is None or (isinstance(value, str) and value.strip().casefold() in MISSING)
 
 
+def cell_text(value: object) -> str | None:
+    """Return a cell as stripped text, or None when it is missing."""
+    if is_missing(value):
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # pandas turns integer ids into floats where one is missing
+    return str(value).strip()
+
+
 def resolve_columns(
     wanted: Columns, header: Sequence[str], values: Callable[[str], list[object]], table: str
 ) -> Columns:

@@ -48,8 +48,22 @@ class RawTable:
         return [cells[place] for _, cells in self.rows]
 
 
-def parse_table(path: Path, *, separator: str | None = None, encoding: str | None = None) -> RawTable:
+def parse_table(
+    path: Path,
+    *,
+    separator: str | None = None,
+    encoding: str | None = None,
+    list_separator: str = "|",
+    only: Iterable[str] | None = None,
+) -> RawTable:
     """Return the cells of a table file, chosen by its ending (anything unknown is read as delimited text).
+
+    Args:
+        path: The file.
+        separator: Of delimited text; None detects it.
+        encoding: Of text; None detects it.
+        list_separator: Joins the items of a list in a cell of JSON or Parquet.
+        only: Columns to read of a Parquet file, those that it has; None reads all.
 
     Raises:
         InputError: The file is absent, empty, or in an unknown encoding that the user named.
@@ -61,9 +75,9 @@ def parse_table(path: Path, *, separator: str | None = None, encoding: str | Non
         raise InputError(f"table `{path.name}` is empty")
     suffix = path.suffix.casefold()
     if suffix in (".jsonl", ".ndjson", ".json"):
-        return _parse_json(path, encoding)
+        return _parse_json(path, encoding, list_separator)
     if suffix in (".parquet", ".pq"):
-        return _parse_parquet(path)
+        return _parse_parquet(path, list_separator, None if only is None else set(only))
     return _parse_text(path, separator, encoding)
 
 
@@ -79,7 +93,9 @@ def detect_encoding(path: Path) -> str:
             if start.startswith(bom):
                 return name
         if b"\0" in start:
-            raise FileFormatError(f"`{path.name}` is a binary file, not a text table")
+            raise FileFormatError(
+                f"`{path.name}` is a binary file, not text", hint="if it is UTF-16 without a mark, save it as UTF-8"
+            )
         for name in ("utf-8", "cp1252"):
             file.seek(0)
             decoder = codecs.getincrementaldecoder(name)()
@@ -91,6 +107,22 @@ def detect_encoding(path: Path) -> str:
                 continue
             return name
     return "latin-1"
+
+
+def read_text(path: Path, encoding: str | None = None) -> tuple[str, str]:
+    """Return the content of a text file, line ends as they are, and its encoding, detected where none is given.
+
+    Raises:
+        InputError: The encoding that the user named is unknown.
+        FileFormatError: The file is binary, or not in that encoding.
+    """
+    encoding = encoding or detect_encoding(path)
+    try:
+        return path.read_bytes().decode(encoding), encoding
+    except LookupError:
+        raise InputError(f"unknown encoding `{encoding}`", hint="utf-8, utf-16, cp1252 or latin-1") from None
+    except UnicodeDecodeError as error:
+        raise FileFormatError(f"`{path.name}` is not {encoding} text", hint="name its encoding") from error
 
 
 def detect_separator(head: str) -> str:
@@ -164,9 +196,9 @@ def _read_delimited(file: io.TextIOWrapper, separator: str, encoding: str, name:
     return table
 
 
-def _parse_json(path: Path, encoding: str | None) -> RawTable:
-    encoding = encoding or detect_encoding(path)
-    content = path.read_text(encoding=encoding)
+def _parse_json(path: Path, encoding: str | None, list_separator: str) -> RawTable:
+    content, encoding = read_text(path, encoding)
+    content = content.replace("\r\n", "\n").replace("\r", "\n")
     records: list[tuple[int, dict[str, Any]]] = []
     bad: list[tuple[int, str]] = []
     for number, value in _json_values(content, path):
@@ -174,7 +206,7 @@ def _parse_json(path: Path, encoding: str | None) -> RawTable:
             records.append((number, value))
         else:
             bad.append((number, "row is not a JSON object"))
-    return _from_records(records, bad, encoding)
+    return _from_records(records, bad, encoding, list_separator)
 
 
 def _json_values(content: str, path: Path) -> Iterator[tuple[int, Any]]:
@@ -196,18 +228,21 @@ def _json_values(content: str, path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _from_records(
-    records: list[tuple[int, dict[str, Any]]], bad: list[tuple[int, str]], encoding: str | None = None
+    records: list[tuple[int, dict[str, Any]]],
+    bad: list[tuple[int, str]],
+    encoding: str | None,
+    list_separator: str,
 ) -> RawTable:
     header = list(dict.fromkeys(str(k) for _, record in records for k in record))
-    rows = [(number, [flat_cell(record.get(h)) for h in header]) for number, record in records]
+    rows = [(number, [flat_cell(record.get(h), list_separator) for h in header]) for number, record in records]
     return RawTable(tuple(header), rows, bad, None, encoding)
 
 
-def flat_cell(value: object) -> object:
-    """Return a nested JSON value as one cell: a list of scalars joined by ``|``, anything deeper as JSON text."""
+def flat_cell(value: object, list_separator: str = "|") -> object:
+    """Return a nested JSON value as one cell: a list of scalars (nulls left out) joined, anything deeper as JSON."""
     if isinstance(value, (list, tuple)):
-        if all(isinstance(v, (str, int, float)) for v in value):
-            return "|".join(str(v) for v in value)
+        if all(v is None or isinstance(v, (str, int, float)) for v in value):
+            return list_separator.join(str(v) for v in value if v is not None)
         return json.dumps(value, ensure_ascii=False, default=str)
     if isinstance(value, Mapping) and not any(isinstance(v, bytes) for v in value.values()):
         return json.dumps(value, ensure_ascii=False, default=str)
@@ -216,7 +251,7 @@ def flat_cell(value: object) -> object:
     return str(value)
 
 
-def _parse_parquet(path: Path) -> RawTable:
+def _parse_parquet(path: Path, list_separator: str, only: set[str] | None) -> RawTable:
     """Return the cells; where a column holds the bytes of images, its cells are paths through the file."""
     import pyarrow
     import pyarrow.parquet
@@ -226,7 +261,8 @@ def _parse_parquet(path: Path) -> RawTable:
         with pyarrow.parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
             blobs, buried = blob_columns(schema), buried_columns(schema)
-            header = [name for name in schema.names if name not in buried]
+            header = [name for name in schema.names if name not in buried and (only is None or name in only)]
+            blobs = [name for name in blobs if name in header]
             plain = [name for name in header if name not in blobs]
             for batch in file.iter_batches(columns=plain):
                 first = len(records) + 1
@@ -238,4 +274,4 @@ def _parse_parquet(path: Path) -> RawTable:
         record.update({name: path / name / str(number) for name in blobs})
     if not records:
         return RawTable(tuple(header), [])
-    return _from_records([(n, {h: r[h] for h in header}) for n, r in records], [])
+    return _from_records([(n, {h: r[h] for h in header}) for n, r in records], [], None, list_separator)

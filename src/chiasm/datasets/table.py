@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from chiasm.datasets.boxes import BOXES_NAME, read_boxes
-from chiasm.datasets.columns import Columns, is_missing, is_unique, label_column, resolve_columns
+from chiasm.datasets.columns import Columns, cell_text, is_unique, label_column, resolve_columns
 from chiasm.datasets.dataset import Dataset, parse_template
 from chiasm.datasets.images import image_exists, keep_decodable
 from chiasm.datasets.parsing import RawTable, parse_table
@@ -133,14 +133,7 @@ class _Rows:
 
     def cell(self, place: int, column: str | None) -> str | None:
         """Return one cell as stripped text, or None when it is missing."""
-        if not column:
-            return None
-        value = self.cells[place][self.place[column]]
-        if is_missing(value):
-            return None
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)  # pandas turns integer ids into floats where one is missing
-        return str(value).strip()
+        return cell_text(self.cells[place][self.place[column]]) if column else None
 
     def _ids(self, table: RawTable) -> list[str]:
         c = self.columns
