@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -147,35 +147,56 @@ def open_pairs(recipe: Recipe, *, cache: Path | None = None, progress: Progress 
     table = PairTable(tuple(samples), tuple(t or RenderedText((), "") for t in texts), arrays).select(good)
     given = _split(table, data)
     unused = len(table) - len(given["train"]) - len(given["validation"])
-    sides, dropped = _drop_leaks(table, given, data, cache)
+    # Phantoms are drawn one by one: patients look alike, which is no leak, and there are no files to compare.
+    images = data.near_duplicates and table.arrays is None
+    sides, dropped = drop_leaks(table.samples, given, leakage=data.leakage, images=images, cache=cache)
     return OpenedPairs(
         table.select(sides["train"]), table.select(sides["validation"]), (*rejected, *dropped), name, unused=unused
     )
 
 
 def _phantoms(recipe: Recipe, progress: Progress) -> tuple[list[Sample], NDArray[np.uint8] | None, list[Rejected], str]:
+    data = recipe.data
+    assert data.phantoms is not None
+    size = recipe.encoder_config().preprocess.size if recipe.start is None else 224
+    whole = draw_phantoms(data.phantoms, data.patients, seed=data.phantom_seed, size_px=size, progress=progress)
+    return list(whole.samples), whole.images, [], whole.name
+
+
+def draw_phantoms(
+    kind: Literal["chest", "tissue"],
+    patients: int,
+    *,
+    seed: int,
+    size_px: int,
+    first_patient: int = 0,
+    progress: Progress | None = None,
+) -> PhantomSet:
+    """Return phantoms that were drawn in pieces, two threads at a time; the pieces change nothing in the result.
+
+    Raises:
+        InputError: A number out of its range.
+    """
     from chiasm.data.phantoms import make_chest_phantoms, make_tissue_phantoms
 
-    data = recipe.data
-    make = make_chest_phantoms if data.phantoms == "chest" else make_tissue_phantoms
-    size = recipe.encoder_config().preprocess.size if recipe.start is None else 224
+    make = make_chest_phantoms if kind == "chest" else make_tissue_phantoms
+    progress = progress or SilentProgress()
 
     def piece(first: int) -> PhantomSet:
-        count = min(PHANTOM_PIECE, data.patients - first)
-        return make(count, seed=data.phantom_seed, size_px=size, first_patient=first)
+        count = min(PHANTOM_PIECE, patients - first)
+        return make(count, seed=seed, size_px=size_px, first_patient=first_patient + first)
 
-    progress.start(data.patients, "phantoms")
+    progress.start(patients, "phantoms")
     pieces = []
     pool = ThreadPoolExecutor(2, thread_name_prefix="chiasm-phantoms")
     try:
-        for made in pool.map(piece, range(0, data.patients, PHANTOM_PIECE)):
+        for made in pool.map(piece, range(0, patients, PHANTOM_PIECE)):
             pieces.append(made)
-            progress.advance(min(PHANTOM_PIECE, data.patients - PHANTOM_PIECE * (len(pieces) - 1)))
+            progress.advance(min(PHANTOM_PIECE, patients - PHANTOM_PIECE * (len(pieces) - 1)))
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         progress.finish()
-    whole = pieces[0].join(*pieces[1:])
-    return list(whole.samples), whole.images, [], whole.name
+    return pieces[0].join(*pieces[1:])
 
 
 def _table(data: DataConfig) -> tuple[list[Sample], NDArray[np.uint8] | None, list[Rejected], str]:
@@ -243,32 +264,42 @@ def _split(table: PairTable, data: DataConfig) -> dict[str, list[int]]:
     return sides
 
 
-def _drop_leaks(
-    table: PairTable, sides: dict[str, list[int]], data: DataConfig, cache: Path | None
+def drop_leaks(
+    samples: Sequence[Sample],
+    sides: Mapping[str, Sequence[int]],
+    *,
+    leakage: Literal["refuse", "drop", "warn", "off"],
+    images: bool,
+    cache: Path | None = None,
 ) -> tuple[dict[str, list[int]], list[Rejected]]:
     """Return the rows of each side that may stay, and those that were dropped because they cross a split.
 
+    Args:
+        samples: All rows.
+        sides: Rows of ``train``, ``validation`` and others; rows are dropped from ``train`` first, then from
+            ``validation``, never from another side.
+        leakage: What to do, as in a recipe.
+        images: Whether pictures are compared, too.
+        cache: Folder that remembers which files were found free of leakage.
+
     Raises:
-        LeakageError: Something crosses, and ``data.leakage`` is ``refuse``.
+        LeakageError: Something crosses, and ``leakage`` is ``refuse``.
     """
-    by_split = {name: [table.samples[r] for r in rows] for name, rows in sides.items() if rows}
-    if data.leakage == "off" or len(by_split) < 2:
-        return sides, []
-    # Phantoms are drawn one by one: patients look alike, which is no leak, and there are no files to compare.
-    images = data.near_duplicates and table.arrays is None
+    whole = {name: list(rows) for name, rows in sides.items()}
+    by_split = {name: [samples[r] for r in rows] for name, rows in whole.items() if rows}
+    if leakage == "off" or len(by_split) < 2:
+        return whole, []
     known = None if cache is None or not images else cache / f"leakage-{_leakage_key(by_split)}.json"
     if known is not None and known.exists():
-        return sides, []
-    report = check_leakage(
-        by_split, near_duplicates=images, image_loader=open_image_path, refuse=data.leakage == "refuse"
-    )
+        return whole, []
+    report = check_leakage(by_split, near_duplicates=images, image_loader=open_image_path, refuse=leakage == "refuse")
     if report.is_clean:
         if known is not None:
             write_json_atomic(known, {"clean": True, "images": report.images})
-        return sides, []
-    if data.leakage == "warn":
+        return whole, []
+    if leakage == "warn":
         warnings.warn(report.summary(), stacklevel=4)
-        return sides, []
+        return whole, []
     gone: dict[str, set[int]] = {"train": set(), "validation": set()}
     for leak in report.leaks:
         places = [side for side, _ in leak.rows]
@@ -276,11 +307,11 @@ def _drop_leaks(
         if loser is not None:
             gone[loser].update(row for side, row in leak.rows if side == loser)
     dropped = [
-        Rejected(sides[side][i], table.samples[sides[side][i]].id, f"{side} row also lies in another split")
+        Rejected(whole[side][i], samples[whole[side][i]].id, f"{side} row also lies in another split")
         for side, places in gone.items()
         for i in sorted(places)
     ]
-    kept = {side: [r for i, r in enumerate(rows) if i not in gone.get(side, ())] for side, rows in sides.items()}
+    kept = {side: [r for i, r in enumerate(rows) if i not in gone.get(side, ())] for side, rows in whole.items()}
     return kept, dropped
 
 
