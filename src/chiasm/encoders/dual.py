@@ -16,46 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chiasm.encoders.base import EncoderConfig
+from chiasm.encoders.image_side import ProjectedImageTower
 from chiasm.encoders.text import TEXT_PARTS, TextTransformer, check_lengths, text_features
 from chiasm.encoders.vit import PatchMode, VisionTransformer
 from chiasm.errors import InputError
 
-
-class ProjectedImageTower(nn.Module):
-    """Any image tower with a projection behind it.
-
-    Args:
-        trunk: pixels -> (batch, ``trunk.output_dim``); may have ``patch_tokens``: pixels -> (batch, rows, columns,
-            ``trunk.output_dim``).
-        head: Projection into the joint space.
-        output_dim: Dimensions of the joint space.
-    """
-
-    def __init__(self, trunk: nn.Module, head: nn.Module, output_dim: int) -> None:
-        super().__init__()
-        self.trunk = trunk
-        self.head = head
-        self.output_dim = output_dim
-
-    def forward(self, pixels: Tensor, prior: Tensor | None = None) -> Tensor:
-        """Return the embeddings (batch, output_dim), not normalised; ``prior``: see :meth:`DualEncoder.encode_image`."""
-        embedded: Tensor = self.head(self.trunk(pixels) if prior is None else self.trunk(pixels, prior))
-        return embedded
-
-    def patch_features(self, pixels: Tensor) -> Tensor:
-        """Return (batch, rows, columns, output_dim): each patch of the trunk through the head, not normalised."""
-        patches = getattr(self.trunk, "patch_tokens", None) or getattr(self.trunk, "patch_features", None)
-        if patches is None:
-            raise InputError(
-                "this image tower has no patch tokens, so it has no heat maps of patches",
-                hint="give the tower a method `patch_tokens(pixels) -> (batch, rows, columns, output_dim)`",
-            )
-        embedded: Tensor = self.head(patches(pixels))
-        return embedded
-
-    def projection_parameters(self) -> list[nn.Parameter]:
-        """Return what still trains when the tower is locked."""
-        return list(self.head.parameters())
+__all__ = ["DualEncoder", "ProjectedImageTower", "ProjectedTextTower"]
 
 
 class ProjectedTextTower(nn.Module):

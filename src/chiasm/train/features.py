@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from chiasm.config import changed_fields
 from chiasm.encoders.base import weights_digest
 from chiasm.encoders.dual import DualEncoder, ProjectedImageTower, ProjectedTextTower
+from chiasm.encoders.image_side import without_projection
 from chiasm.encoders.text import text_features
 from chiasm.encoders.vit import VisionTransformer
 from chiasm.errors import TrainingError
@@ -88,12 +89,7 @@ def _trains(tower: nn.Module) -> bool:
 
 def bare_image_tower(model: DualEncoder) -> nn.Module:
     """Return the image tower without its projection; weights are shared, the model is not changed."""
-    visual: Any = model.visual
-    if isinstance(visual, ProjectedImageTower):
-        return visual.trunk
-    bare = copy.copy(visual)
-    bare._parameters = {**visual._parameters, "proj": None}
-    return bare  # type: ignore[no-any-return]
+    return without_projection(model.image_side())
 
 
 def bare_text_tower(model: DualEncoder) -> nn.Module:
