@@ -13,6 +13,7 @@ from sklearn import metrics as sk
 
 from chiasm.errors import InputError
 from chiasm.metrics.classification import (
+    MissingClassWarning,
     accuracy,
     accuracy_interval,
     auprc,
@@ -24,9 +25,12 @@ from chiasm.metrics.classification import (
     chance_level,
     macro_auroc,
     macro_auroc_interval,
+    macro_f1,
     majority_baseline,
+    multiclass_auroc,
 )
 from chiasm.metrics.labels import as_binary, as_classes, is_labelled, is_missing
+from chiasm.metrics.weighted import macro_f1_statistic, multiclass_auroc_statistic
 
 laws = settings(max_examples=60, deadline=None)
 #: Few distinct scores, so that ties are common.
@@ -229,3 +233,38 @@ def test_labels_as_people_store_them():
     assert is_labelled([None, 0, "", math.nan, np.float32("nan")]).tolist() == [False, True, True, False, False]
     assert is_missing(np.float64("nan"))
     assert not is_missing("nan")
+
+
+@laws
+@given(st.integers(0, 2**31), st.integers(2, 5), st.integers(30, 60))
+def test_f1_and_auroc_of_several_classes_are_those_of_scikit_learn(seed, classes, n):
+    random = np.random.default_rng(seed)
+    truth = np.concatenate([np.arange(classes), random.integers(0, classes, n)])
+    probabilities = random.dirichlet(np.ones(classes), len(truth)).round(1) + 1e-3  # ties
+    probabilities /= probabilities.sum(1, keepdims=True)
+    predicted = probabilities.argmax(1)
+    assert macro_f1(truth, predicted) == pytest.approx(sk.f1_score(truth, predicted, average="macro"))
+    assert balanced_accuracy(truth, predicted) == pytest.approx(sk.balanced_accuracy_score(truth, predicted))
+    expected = sk.roc_auc_score(truth, probabilities[:, 1] if classes == 2 else probabilities, multi_class="ovr")
+    assert multiclass_auroc(truth, probabilities) == pytest.approx(expected)
+
+
+def test_a_missing_class_gives_nan_and_a_warning_no_crash():
+    probabilities = np.full((4, 3), 1 / 3)
+    with pytest.warns(MissingClassWarning, match="1 of 3 classes"):
+        assert math.isnan(multiclass_auroc([0, 1, 1, None], probabilities))
+    with pytest.warns(MissingClassWarning):
+        assert math.isnan(multiclass_auroc([1, 1], [0.3, 0.4]))
+    with pytest.warns(MissingClassWarning):
+        assert math.isnan(multiclass_auroc([None, None], [0.3, 0.4]))
+    # A resample that lost a class averages the others.
+    statistic = multiclass_auroc_statistic([0, 1, 2, 2], np.eye(3)[[0, 1, 2, 2]])
+    assert statistic(np.array([[1.0, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])).tolist()[:2] == [1.0, 1.0]
+    assert np.isnan(statistic(np.array([[1.0, 0, 0, 0]]))).all()
+
+
+def test_f1_counts_classes_that_are_only_predicted_and_leaves_out_unlabelled_rows():
+    assert macro_f1([0, 0, None], [0, 1, 2]) == pytest.approx(sk.f1_score([0, 0], [0, 1], average="macro"))
+    assert macro_f1([0, 1], [None, 1]) == pytest.approx(0.5)
+    assert math.isnan(macro_f1([None], [1]))
+    assert np.isnan(macro_f1_statistic([0], [0])(np.zeros((1, 1)))).all()

@@ -8,6 +8,7 @@ rest. One-class and empty truths have no AUROC: the result is NaN, never 0.5.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,19 +18,25 @@ from numpy.typing import ArrayLike, NDArray
 
 from chiasm.errors import InputError
 from chiasm.metrics.bootstrap import WeightStatistic, weighted_interval
-from chiasm.metrics.labels import as_binary, as_classes, as_scores, is_labelled
+from chiasm.metrics.labels import as_binary, as_class_numbers, as_classes, as_probabilities, as_scores, is_labelled
 from chiasm.metrics.weighted import (
     accuracy_statistic,
     auprc_statistic,
     auroc_statistic,
     balanced_accuracy_statistic,
     macro_auroc_statistic,
+    macro_f1_statistic,
+    multiclass_auroc_statistic,
 )
 from chiasm.types import Interval
 
 Classes = Sequence[Any] | NDArray[Any]
 Groups = Sequence[Hashable] | NDArray[np.generic]
 Metric = Literal["auroc", "auprc", "accuracy", "balanced_accuracy", "macro_auroc"]
+
+
+class MissingClassWarning(UserWarning):
+    """A class has no row in the truth, so its AUROC, and the mean over classes, does not exist."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,55 @@ def macro_auroc(truth: ArrayLike, score: ArrayLike) -> MacroScore:
     defined = np.isfinite(values)
     mean = float(values[defined].mean()) if defined.any() else math.nan
     return MacroScore(mean, tuple(float(v) for v in values), int((~defined).sum()))
+
+
+def multiclass_auroc(truth: Classes, probabilities: ArrayLike) -> float:
+    """Return the AUROC of class probabilities: of class 1 of two, else the mean of each class against the rest.
+
+    Args:
+        truth: (n,) column of the true class; None and NaN are left out.
+        probabilities: (n, classes), rows that sum to 1; or (n,) as the probability of class 1 of two.
+
+    Returns:
+        A number in [0, 1]. NaN, with a :class:`MissingClassWarning`, when a class has no row: a mean over the others
+        would not be comparable with that of another test set (:func:`macro_auroc` gives it).
+
+    Raises:
+        InputError: For classes without a column, or values that are no probabilities.
+
+    References:
+        Equal to scikit-learn's ``roc_auc_score(..., multi_class="ovr", average="macro")``.
+    """
+    given = as_probabilities(probabilities)
+    wanted = as_class_numbers(truth, given.shape[1])
+    absent = given.shape[1] - len(np.unique(wanted[wanted >= 0]))
+    if absent:
+        warnings.warn(
+            f"{absent} of {given.shape[1]} classes have no row in the truth: the AUROC is not defined",
+            MissingClassWarning,
+            stacklevel=2,
+        )
+        return math.nan
+    return _of_all(multiclass_auroc_statistic(truth, given), truth)
+
+
+def macro_f1(truth: Classes, predicted: Classes) -> float:
+    """Return the mean F1 over the classes that are true or predicted somewhere.
+
+    Args:
+        truth: (n,) class names or numbers; None and NaN are left out.
+        predicted: (n,) of the same kind; a missing prediction is a wrong one.
+
+    Returns:
+        A number in [0, 1]; NaN when nothing is labelled.
+
+    Raises:
+        InputError: When lengths differ or numbers and text are mixed.
+
+    References:
+        Equal to scikit-learn's ``f1_score(..., average="macro")``. The micro F1 of single-label classes is the accuracy.
+    """
+    return _of_all(macro_f1_statistic(truth, predicted), truth)
 
 
 def accuracy(truth: Classes, predicted: Classes) -> float:

@@ -86,6 +86,60 @@ def as_classes(*columns: Sequence[Any] | NDArray[Any]) -> tuple[NDArray[np.int64
     return tuple(np.array([-1 if v is None else number[v] for v in c], dtype=np.int64) for c in plain)
 
 
+def as_probabilities(probabilities: ArrayLike) -> Floats:
+    """Return class probabilities as float64 of shape (n, classes).
+
+    Args:
+        probabilities: (n, classes), or (n,) as the probability of class 1 of two. Rounding of
+            float32 (1e-6 beyond 0 or 1) is cut off; nothing is rescaled.
+
+    Raises:
+        InputError: For another shape, fewer than two classes, values outside [0, 1] or NaN, or rows whose sum is
+            more than 0.001 off 1.
+    """
+    values = np.asarray(probabilities, dtype=np.float64)
+    if values.ndim == 1:
+        values = np.stack([1 - values, values], axis=1)
+    if values.ndim != 2 or values.shape[1] < 2:
+        raise InputError(f"probabilities must have shape (rows, classes) with two classes or more, got {values.shape}")
+    outside = int((~((values >= -1e-6) & (values <= 1 + 1e-6))).any(axis=1).sum())
+    if outside:
+        raise InputError(
+            f"{outside} of {len(values)} rows of probabilities have a value outside [0, 1] or NaN",
+            hint="give the softmax of the logits, not the logits",
+        )
+    off = int((np.abs(values.sum(axis=1) - 1) > 1e-3).sum())
+    if off:
+        raise InputError(
+            f"{off} of {len(values)} rows of probabilities do not sum to 1",
+            hint="give one probability for each class of a single-label task",
+        )
+    return np.clip(values, 0.0, 1.0)
+
+
+def as_class_numbers(truth: ArrayLike | Sequence[object], n_classes: int) -> NDArray[np.int64]:
+    """Return true classes as numbers of probability columns, 0 to ``n_classes`` - 1; None and NaN become -1.
+
+    Raises:
+        InputError: For text, fractions and numbers that are no column; the message says how many, not which.
+    """
+    plain = [np.nan if is_missing(v) else v for v in np.asarray(truth, dtype=object).ravel()]
+    try:
+        values = np.array(plain, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            "true classes must be numbers of columns; got text", hint="number the classes 0, 1, …"
+        ) from error
+    missing = np.isnan(values)
+    wrong = ~missing & ~((values >= 0) & (values < n_classes) & (values == np.floor(values)))
+    if wrong.any():
+        raise InputError(
+            f"true classes must be 0 to {n_classes - 1}, one for each column of probabilities; "
+            f"{int(wrong.sum())} of {values.size} are something else"
+        )
+    return np.where(missing, -1, values).astype(np.int64)
+
+
 def is_labelled(truth: ArrayLike | Sequence[object]) -> Booleans:
     """Return which rows of a column have a label (are neither None nor NaN)."""
     return np.array([not is_missing(v) for v in np.asarray(truth, dtype=object).ravel()], dtype=bool)

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from chiasm.errors import InputError
 from chiasm.metrics.bootstrap import Floats, WeightStatistic
-from chiasm.metrics.labels import as_binary, as_classes, as_scores
+from chiasm.metrics.labels import as_binary, as_class_numbers, as_classes, as_probabilities, as_scores
 
 
 def auroc_statistic(truth: ArrayLike, score: ArrayLike) -> WeightStatistic:
@@ -112,6 +112,55 @@ def balanced_accuracy_statistic(
         return _divide(recall.sum(1), (total > 0).sum(1).astype(np.float64))
 
     return statistic
+
+
+def macro_f1_statistic(truth: Sequence[Any] | NDArray[Any], predicted: Sequence[Any] | NDArray[Any]) -> WeightStatistic:
+    """Return the mean F1 over classes as a function of weights.
+
+    Args:
+        truth: (n,) class of each row; None or NaN are left out.
+        predicted: (n,) class given to each row; a missing prediction is a wrong one.
+
+    Returns:
+        Means over the classes that are true or predicted somewhere with weight; NaN where there is none.
+    """
+    wanted, given = as_classes(truth, predicted)
+    known = (wanted >= 0)[:, None]
+    classes = np.unique(np.concatenate([wanted, given]))
+    classes = classes[classes >= 0]
+    is_true = ((wanted[:, None] == classes) & known).astype(np.float64)
+    is_given = ((given[:, None] == classes) & known).astype(np.float64)
+    both = is_true * is_given
+
+    def statistic(weights: Floats) -> Floats:
+        present = weights @ is_true + weights @ is_given
+        f1 = _divide(2 * (weights @ both), present, empty=0.0)
+        return _divide(f1.sum(1), (present > 0).sum(1).astype(np.float64))
+
+    return statistic
+
+
+def multiclass_auroc_statistic(truth: ArrayLike | Sequence[Any], probabilities: ArrayLike) -> WeightStatistic:
+    """Return the AUROC of class probabilities as a function of weights.
+
+    Args:
+        truth: (n,) column of the true class; None or NaN are left out.
+        probabilities: (n, classes), or (n,) for class 1 of two.
+
+    Returns:
+        Two classes: the AUROC of class 1. More: the mean over classes, each against the rest; a resample averages the
+        classes that it has both sides of. NaN everywhere when a class has no row at all.
+    """
+    given = as_probabilities(probabilities)
+    wanted = as_class_numbers(truth, given.shape[1])
+    if len(wanted) != len(given):
+        raise InputError(f"there are probabilities of {len(given)} rows for {len(wanted)} true classes")
+    classes = np.arange(given.shape[1])
+    if len(np.unique(wanted[wanted >= 0])) < len(classes):
+        return lambda weights: np.full(len(weights), np.nan)
+    if len(classes) == 2:
+        return auroc_statistic(np.where(wanted < 0, np.nan, wanted == 1), given[:, 1])
+    return macro_auroc_statistic(np.where(wanted[:, None] < 0, np.nan, wanted[:, None] == classes), given)
 
 
 def mean_statistic(values: ArrayLike) -> WeightStatistic:
