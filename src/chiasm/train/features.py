@@ -185,10 +185,10 @@ def cache_image_features(
                 pixels, kept = images(wanted, np.random.default_rng([view, start]) if view else None)
                 if len(kept) != len(wanted):
                     raise TrainingError("an image could not be read while features were computed")
-                yield _run(tower, pixels.to(device))
+                yield run_tower(tower, pixels.to(device))
 
     key = {"of": describes, "views": views, "tower": _digest(tower, model.config.image)}
-    flat = _cached(folder / f"image-{digest_of(key, 24)}.npy", batches, rows * views, progress)
+    flat = cached_rows(folder / f"image-{digest_of(key, 24)}.npy", batches, rows * views, progress)
     return flat.reshape(views, rows, -1)
 
 
@@ -206,11 +206,11 @@ def cache_text_features(
     def batches() -> Iterator[NDArray[np.float32]]:
         for start in range(0, len(table.texts), BATCH):
             tokens = table.tokens(np.arange(start, min(start + BATCH, len(table.texts))))
-            yield _run(tower, tokens.ids.to(device), tokens.lengths.to(device))
+            yield run_tower(tower, tokens.ids.to(device), tokens.lengths.to(device))
 
     ids = {"ids": table.ids, "lengths": table.lengths}
     key = {"of": weights_digest(ids), "tower": _digest(tower, model.config.text)}
-    return _cached(folder / f"text-{digest_of(key, 24)}.npy", batches, len(table.texts), progress)
+    return cached_rows(folder / f"text-{digest_of(key, 24)}.npy", batches, len(table.texts), progress)
 
 
 def _digest(tower: nn.Module, config: Any) -> list[Any]:
@@ -222,7 +222,8 @@ def _digest(tower: nn.Module, config: Any) -> list[Any]:
     return [VERSION, weights_digest(tower.state_dict()), changed_fields(config)]
 
 
-def _run(tower: nn.Module, *inputs: Tensor) -> NDArray[np.float32]:
+def run_tower(tower: nn.Module, *inputs: Tensor) -> NDArray[np.float32]:
+    """Return what a tower gives in eval mode and without gradients; its mode is left as it was."""
     was_training = tower.training
     tower.eval()
     try:
@@ -232,9 +233,14 @@ def _run(tower: nn.Module, *inputs: Tensor) -> NDArray[np.float32]:
         tower.train(was_training)
 
 
-def _cached(
+def cached_rows(
     path: Path, batches: Callable[[], Iterator[NDArray[np.float32]]], rows: int, progress: Progress | None
 ) -> NDArray[np.float32]:
+    """Return the mapped array at ``path``, written from ``batches`` when it is not there.
+
+    Raises:
+        TrainingError: When the file cannot be written; nothing is left of the attempt.
+    """
     if not path.exists():
         progress = progress or SilentProgress()
         progress.start(rows, "features of locked towers")

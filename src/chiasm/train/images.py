@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,19 +27,28 @@ from chiasm.train.pairs import PairTable, file_facts
 from chiasm.train.sources import ArrayImages, FileImages, ImageBatch
 from chiasm.types import Preprocess, digest_of
 
-if TYPE_CHECKING:
-    from chiasm.train.recipe import DataConfig
-
 T = TypeVar("T")
 CHUNK = 256  # rows decoded ahead
 MEMORY_BYTES = 2 * 1024**3
+
+
+class Reading(Protocol):
+    """What decides how images are kept and what an unreadable one means; ``DataConfig`` has both."""
+
+    @property
+    def in_memory(self) -> Literal["auto", "always", "never"]:
+        """Whether decoded images are kept as bytes; ``auto``: when they take < 2 GB."""
+
+    @property
+    def on_bad_row(self) -> Literal["skip", "fail"]:
+        """What an image means that cannot be read."""
 
 
 def images_of(
     table: PairTable,
     preprocess: Preprocess,
     *,
-    data: DataConfig,
+    data: Reading,
     augment: Augment | None,
     rejects: RejectLog,
     progress: Progress | None = None,
