@@ -16,8 +16,11 @@ _PLAIN = re.compile(r"[\t\n\r\x20-\x7e]*")
 _UNSEEN = re.compile(
     "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u200b\u200e\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]"
 )
-#: A rule of strokes stands alone: `1111110` and `0.11111` are numbers.
-_STROKES = re.compile(r"(?<![^\W_])(?<!\d[.,])[I1|]{5,}(?![^\W_]|[.,]\d)")
+#: Bars and bar codes as scanners read them, often grown into the next word: `IIIIIIIIRUN DATE`.
+_STROKES = re.compile(r"[I1|]{5,}")
+#: Ends of a number, so that `1111110` and `0.11111` are not taken for bars.
+_NUMBER_BEFORE = re.compile(r"\d[.,]?$")
+_NUMBER_AFTER = re.compile(r"[.,]?\d")
 _LINES = re.compile(r"[_\-=]{5,}")
 _ROUNDS = 32
 
@@ -25,8 +28,8 @@ _ROUNDS = 32
 def clean_report(text: str) -> str:
     """Return a report's text without the marks of scanners and exports; cleaning it again changes nothing.
 
-    - Rules become a space: runs of at least 5 of ``I 1 |`` that stand alone (``1111110`` stays), and runs of at least 5
-      of ``_ - =``.
+    - Rules become a space: runs of at least 5 of ``I 1 |`` (but ones that are part of a longer number stay), and runs of
+      at least 5 of ``_ - =``.
     - Control characters and marks without width are dropped.
     - Broken encodings (``Ã©``), ligatures, full-width letters and curled quotes are mended by ftfy, Unicode is in form
       NFC. HTML entities and terminal codes stay: mending them would eat letters, and the tokenizers of models that were
@@ -56,8 +59,17 @@ def _clean_once(text: str) -> str:
         import ftfy  # 0.1 s to import, and most reports never need it
 
         text = ftfy.fix_text(text, _safe_repairs())
-    text = _STROKES.sub(" ", _LINES.sub(" ", _UNSEEN.sub("", text)))
+    text = _STROKES.sub(_unless_number, _LINES.sub(" ", _UNSEEN.sub("", text)))
     return " ".join(text.split())
+
+
+def _unless_number(run: re.Match[str]) -> str:
+    text, strokes = run.string, run.group()
+    if set(strokes) == {"1"}:
+        before, after = text[max(0, run.start() - 2) : run.start()], text[run.end() : run.end() + 2]
+        if _NUMBER_BEFORE.search(before) or _NUMBER_AFTER.match(after):
+            return strokes
+    return " "
 
 
 @lru_cache(maxsize=1)
