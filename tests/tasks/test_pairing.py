@@ -112,9 +112,8 @@ def test_corrections_take_images_from_hubs(make: Make) -> None:
         c: np.bincount(pair(images, chunks, report_of=range(60), correction=c).report_rows[:, 0], minlength=60)
         for c in ("none", "csls", "inverted_softmax")
     }
-    assert loads["csls"].max() < loads["none"].max()
-    assert loads["inverted_softmax"].max() < loads["none"].max()
-    assert (loads["csls"] > 0).sum() > (loads["none"] > 0).sum()
+    assert loads["csls"][-20:].sum() < loads["none"][-20:].sum()
+    assert loads["inverted_softmax"][-20:].sum() < loads["none"][-20:].sum()
 
 
 @given(seed=st.integers(0, 10_000), correction=st.sampled_from(["none", "csls", "inverted_softmax"]))
