@@ -80,6 +80,7 @@ class Problem:
         test: Images that nothing is decided by.
         digest: Of ids, labels and what the inputs are made from; part of every cached stage's name.
         facts: Counts and digests for people and ``results.json``.
+        shared_groups: Whether groups may be on two sides, because the recipe says so (``data.leakage = "warn"``).
     """
 
     classes: tuple[str, ...]
@@ -88,8 +89,11 @@ class Problem:
     test: Rows
     digest: str
     facts: Mapping[str, Any] = field(default_factory=dict)
+    shared_groups: bool = False
 
     def __post_init__(self) -> None:
+        if self.shared_groups:
+            return
         for one, other in (("train", "validation"), ("train", "test"), ("validation", "test")):
             shared = set(getattr(self, one).groups) & set(getattr(self, other).groups)
             if shared:
