@@ -30,6 +30,7 @@ from chiasm.encoders.activation import activations_of, with_activation
 from chiasm.encoders.base import Encoder, EncoderConfig
 from chiasm.encoders.build import build_encoder_model
 from chiasm.encoders.catalog import ARCHITECTURES, CATALOG, CatalogEntry
+from chiasm.encoders.device import find_device
 from chiasm.encoders.dual import DualEncoder
 from chiasm.encoders.ensemble import join_members
 from chiasm.encoders.fill import filled_model
@@ -99,7 +100,7 @@ def load(
     if family is not None and family not in openai.FAMILIES and CATALOG.find(family) is None:
         known = [*openai.FAMILIES, *CATALOG.names()]
         raise UnknownName("family", family, known, hint="`openai`, `open_clip`, or a name that `chiasm models` lists")
-    place = _device(device)
+    place = find_device(device)
     source = _find_all(name_or_path, pretrained, family)
     if activation is not None:
         source = replace(source, config=with_activation(source.config, activation))
@@ -113,21 +114,6 @@ def _family_of(name_or_path: str | Path, activation: str) -> str | None:
     path = _home(str(name_or_path))
     described = (path.parent / open_clip.CONFIG_FILE).is_file()
     return "openai" if path.is_file() and not described and activation in ("quick_gelu", "gelu") else None
-
-
-def _device(device: str | torch.device) -> torch.device:
-    """Return the device, after asking whether this machine has it: torch's own complaint comes late and is long."""
-    try:
-        place = torch.device(device)
-    except RuntimeError:
-        raise InputError(f"unknown device `{device}`", hint="`cpu`, `cuda`, `cuda:1` or `mps`") from None
-    if place.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (place.index or 0) >= count:
-            raise InputError(f"device `{place}` is not here: {count} CUDA devices are available", hint="use `cpu`")
-    if place.type == "mps" and not torch.backends.mps.is_available():
-        raise InputError("device `mps` is not here: this machine or this torch has no Metal", hint="use `cpu`")
-    return place
 
 
 def _find_all(names: str | Path | Sequence[str | Path], pretrained: str | Path | None, family: str | None) -> _Source:

@@ -16,19 +16,37 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from chiasm.checkpoints.containers import read_json, read_state_dict
 from chiasm.errors import CheckpointError
 
-FORMAT = "chiasm-encoder"
-VERSION = 1
 WEIGHTS_FILE = "model.safetensors"
 DESCRIPTION_FILE = "encoder.json"
 RECIPE_FILE = "recipe.toml"
 NEXT = ".next"
+
+
+class Form(NamedTuple):
+    """What a model directory holds, which its description file says.
+
+    Attributes:
+        file: Name of the description file.
+        format: As it stands there.
+        version: Highest version that is read, and the one that is written.
+        what: For messages.
+    """
+
+    file: str
+    format: str
+    version: int
+    what: str
+
+
+ENCODER = Form(DESCRIPTION_FILE, "chiasm-encoder", 1, "model")
+CLASSIFIER = Form("classifier.json", "chiasm-classifier", 1, "classifier")
 
 
 @dataclass(frozen=True)
@@ -50,10 +68,10 @@ class ModelDir:
     sha256: str = ""
 
 
-def is_model_dir(path: str | Path) -> bool:
+def is_model_dir(path: str | Path, *, form: Form = ENCODER) -> bool:
     """Return whether a directory holds a chiasm model, or one whose writing was cut off between two renames."""
     directory = Path(path)
-    return any((directory / name).is_file() for name in (DESCRIPTION_FILE, DESCRIPTION_FILE + NEXT))
+    return any((directory / name).is_file() for name in (form.file, form.file + NEXT))
 
 
 def save_model_dir(
@@ -64,6 +82,7 @@ def save_model_dir(
     config: Mapping[str, Any],
     training: Mapping[str, Any] | None = None,
     recipe: str | None = None,
+    form: Form = ENCODER,
 ) -> Path:
     """Write a model directory, replacing the model that is there.
 
@@ -74,6 +93,7 @@ def save_model_dir(
         config: ``EncoderConfig.to_dict()``; it must build without the places it was made from.
         training: JSON values about how the weights came to be.
         recipe: Text of the resolved recipe (TOML).
+        form: What it is.
 
     Returns:
         The directory.
@@ -82,14 +102,14 @@ def save_model_dir(
         CheckpointError: The files cannot be written (a full disk, say); what was there before is intact.
     """
     directory = Path(directory)
-    weights, description = directory / WEIGHTS_FILE, directory / DESCRIPTION_FILE
+    weights, description = directory / WEIGHTS_FILE, directory / form.file
     files = [weights, description] + ([directory / RECIPE_FILE] if recipe is not None else [])
     try:
         directory.mkdir(parents=True, exist_ok=True)
         _write_weights(_next(weights), tensors)
         value = {
-            "format": FORMAT,
-            "version": VERSION,
+            "format": form.format,
+            "version": form.version,
             "name": name,
             "config": dict(config),
             "training": dict(training or {}),
@@ -107,13 +127,13 @@ def save_model_dir(
             with contextlib.suppress(OSError):
                 _next(file).unlink(missing_ok=True)
         raise CheckpointError(
-            f"the model cannot be written to `{directory.name}`: {error.strerror or type(error).__name__}",
-            hint="free some space or choose another place; the model that was there before is intact",
+            f"the {form.what} cannot be written to `{directory.name}`: {error.strerror or type(error).__name__}",
+            hint=f"free some space or choose another place; the {form.what} that was there before is intact",
         ) from error
     return directory
 
 
-def read_model_dir(directory: str | Path) -> ModelDir:
+def read_model_dir(directory: str | Path, *, form: Form = ENCODER) -> ModelDir:
     """Read a model directory; the weight file is checked against its SHA-256.
 
     Raises:
@@ -125,43 +145,43 @@ def read_model_dir(directory: str | Path) -> ModelDir:
         raise CheckpointError(f"model directory `{directory.name}` lacks `{WEIGHTS_FILE}`")
     sha256 = _sha256(weights)
     described: str | None = None
-    for path in (directory / DESCRIPTION_FILE, directory / (DESCRIPTION_FILE + NEXT)):
+    for path in (directory / form.file, directory / (form.file + NEXT)):
         if not path.is_file():
             continue
-        value = _checked(path)
+        value = _checked(path, form)
         described = value["weights"]["sha256"]
         if described == sha256:
             state = read_state_dict(weights)
             return ModelDir(value["name"], value["config"], state.tensors, value["training"], sha256)
     if described is None:
-        raise CheckpointError(f"model directory `{directory.name}` lacks `{DESCRIPTION_FILE}`")
+        raise CheckpointError(f"model directory `{directory.name}` lacks `{form.file}`")
     raise CheckpointError(
         f"`{directory.name}/{WEIGHTS_FILE}` is damaged or belongs to another model: its SHA-256 starts with "
-        f"{sha256[:12]}, `{DESCRIPTION_FILE}` states {described[:12]}",
+        f"{sha256[:12]}, `{form.file}` states {described[:12]}",
         hint="copy the directory again",
     )
 
 
-def read_description(directory: str | Path) -> dict[str, Any]:
-    """Return the checked content of ``encoder.json`` without looking at the weights.
+def read_description(directory: str | Path, *, form: Form = ENCODER) -> dict[str, Any]:
+    """Return the checked content of the description without looking at the weights.
 
     Raises:
         CheckpointError: Absent or damaged, or a newer format.
     """
     directory = Path(directory)
-    for path in (directory / DESCRIPTION_FILE, directory / (DESCRIPTION_FILE + NEXT)):
+    for path in (directory / form.file, directory / (form.file + NEXT)):
         if path.is_file():
-            return _checked(path)
-    raise CheckpointError(f"`{directory.name}` holds no chiasm model", hint=f"expected `{DESCRIPTION_FILE}` in it")
+            return _checked(path, form)
+    raise CheckpointError(f"`{directory.name}` holds no chiasm {form.what}", hint=f"expected `{form.file}` in it")
 
 
-def _checked(path: Path) -> dict[str, Any]:
+def _checked(path: Path, form: Form) -> dict[str, Any]:
     value = read_json(path)
-    if value.get("format") != FORMAT:
-        raise CheckpointError(f"`{path.name}` is no description of a chiasm model")
-    if not isinstance(value.get("version"), int) or value["version"] > VERSION:
+    if value.get("format") != form.format:
+        raise CheckpointError(f"`{path.name}` is no description of a chiasm {form.what}")
+    if not isinstance(value.get("version"), int) or value["version"] > form.version:
         raise CheckpointError(
-            f"`{path.name}` has format version {value.get('version')}, this chiasm reads up to {VERSION}",
+            f"`{path.name}` has format version {value.get('version')}, this chiasm reads up to {form.version}",
             hint="upgrade chiasm",
         )
     weights = value.get("weights")

@@ -1,21 +1,22 @@
 """From a declaration and its tensors to a model: strict, without memory for what the file already holds.
 
-In: :class:`EncoderConfig` and tensors under the model's names. Out: :class:`DualEncoder`.
+In: :class:`EncoderConfig` and tensors under the model's names. Out: :class:`DualEncoder`, or its image tower alone.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from chiasm.encoders.base import EncoderConfig
-from chiasm.encoders.build import build_encoder_model
-from chiasm.encoders.dual import DualEncoder
 from chiasm.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from chiasm.encoders.dual import DualEncoder
 
 
 def filled_model(config: EncoderConfig, tensors: Mapping[str, Tensor], *, allow_code: bool = False) -> DualEncoder:
@@ -33,30 +34,71 @@ def filled_model(config: EncoderConfig, tensors: Mapping[str, Tensor], *, allow_
         CheckpointError: Names or shapes that do not fit, or a declaration far larger than the weights.
         ConfigError: A tower is code and ``allow_code`` is false.
     """
+    from chiasm.encoders.build import build_encoder_model
+
     _check_declaration(config, tensors)
     device: Literal["cpu", "meta"] = "meta" if config.is_native else "cpu"
     try:
         model = build_encoder_model(config, seed=0, allow_code=allow_code, device=device, draw=False)
     except RuntimeError as error:  # torch's own, of sizes that cannot be
         raise CheckpointError("the model states a configuration that cannot be built") from error
-    expected = model.state_dict()
-    _check_names(expected, tensors)
+    fill_module(model, tensors)
+    return model
+
+
+def filled_backbone(
+    config: EncoderConfig, tensors: Mapping[str, Tensor], *, projected: bool, allow_code: bool = False
+) -> nn.Module:
+    """Build the image tower alone and give it the tensors, strictly; see :func:`filled_model`.
+
+    Args:
+        config: What to build; its text side is not looked at.
+        tensors: Under the tower's own names.
+        projected: See :func:`chiasm.encoders.image_side.build_backbone`.
+        allow_code: Whether a tower of kind ``python`` may run its factory.
+
+    Raises:
+        CheckpointError: Names or shapes that do not fit, or a declaration far larger than the weights.
+        ConfigError: A tower is code and ``allow_code`` is false.
+    """
+    from chiasm.encoders.image_side import build_backbone
+
+    _check_declaration(config, tensors)
+    device: Literal["cpu", "meta"] = "meta" if config.image.is_native else "cpu"
+    try:
+        tower = build_backbone(config, projected=projected, allow_code=allow_code, device=device, draw=False)
+    except RuntimeError as error:  # torch's own, of sizes that cannot be
+        raise CheckpointError("the model states a configuration that cannot be built") from error
+    fill_module(tower, tensors)
+    return tower
+
+
+def fill_module(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give a module its tensors, strictly, in float32, and leave nothing on the meta device.
+
+    Raises:
+        CheckpointError: Names or shapes that do not fit.
+    """
+    _check_names(module.state_dict(), tensors)
     own = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
     with torch.no_grad():
-        model.load_state_dict(own, strict=True, assign=True)
-    for module in model.modules():
-        tie = getattr(module, "tie_weights", None)  # T5's embedding has two names
+        module.load_state_dict(own, strict=True, assign=True)
+    for part in module.modules():
+        tie = getattr(part, "tie_weights", None)  # T5's embedding has two names
         if callable(tie):
             tie()
-    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    left = [name for name, tensor in [*module.named_parameters(), *module.named_buffers()] if tensor.is_meta]
     if left:
         raise CheckpointError(f"`{left[0]}` has no weights after loading")
-    return model
 
 
 def _check_declaration(config: EncoderConfig, tensors: Mapping[str, Tensor]) -> None:
     """Refuse a configuration that would fetch a tower, or that is far larger than the weights beside it."""
     count = len(tensors)
+    longest = max((max(t.shape, default=0) for t in tensors.values()), default=0)
+    for tower in (config.image, config.text):
+        if tower.lora is not None and tower.lora.rank > max(longest, 1):
+            raise CheckpointError(f"the model states adapters of rank {tower.lora.rank}, which its weights cannot hold")
     elements = sum(t.numel() for t in tensors.values())
     layers: list[object] = [config.text.layers, config.image.layers]
     for tower in (config.image, config.text):
