@@ -1,9 +1,9 @@
-"""The image of a sample, wherever it lies: a file of its own, a member of a tar shard, a cell of a Parquet file.
+"""The image of a sample, wherever it lies: its own file, a member of a tar, a cell of Parquet, a row of HDF5.
 
-A member is written as a path through the file, ``shards/train-000.tar/0001.jpg`` or ``table.parquet/image/12``. Plain
-tars are never unpacked, the bytes are read at their offset when the sample is opened; compressed tars and Parquet files
-are unpacked once a process, see `chiasm.datasets.packed`. `open_sample_image` is the one door for training, embedding
-and leakage checks.
+A member is written as a path through the file, ``shards/train-000.tar/0001.jpg``, ``table.parquet/image/12`` or
+``set_x.h5/x/12``. Plain tars are never unpacked, the bytes are read at their offset when the sample is opened; compressed
+tars and Parquet files are unpacked once a process, see `chiasm.datasets.packed`; rows of HDF5 arrays are read one by
+one, see `chiasm.datasets.arrays`. `open_sample_image` is the one door for training, embedding and leakage checks.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from functools import cache, lru_cache
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING
 
+from chiasm.datasets.arrays import ARRAY_SUFFIXES, has_row, read_array_image
 from chiasm.datasets.packed import (
     GZIP_SUFFIXES,
     PARQUET_SUFFIXES,
@@ -50,6 +51,8 @@ def open_image_path(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image:
     found = split_member(path)
     if found is None:
         return open_image(path, max_pixels=max_pixels)
+    if _is_array(found[0]):
+        return read_array_image(*found, max_pixels=max_pixels)
     try:
         return open_image(read_member(*found), max_pixels=max_pixels)
     except ChiasmError as error:
@@ -61,20 +64,26 @@ def image_exists(path: Path) -> bool:
     """Return whether there is a regular file at the path, or a member of a shard."""
     try:
         found = split_member(path)
-        return path.is_file() if found is None else found[1] in index_shard(found[0]).members
+        if found is None:
+            return path.is_file()
+        return has_row(*found) if _is_array(found[0]) else found[1] in index_shard(found[0]).members
     except (OSError, ValueError, FileFormatError):
         return False
 
 
 def split_member(path: Path) -> tuple[Path, str] | None:
-    """Return file and member of a path that leads through a tar or Parquet file, or None for any other path."""
+    """Return file and member of a path that leads through a tar, Parquet or HDF5 file, or None for any other path."""
     parts = path.parts
     for i, part in enumerate(parts[:-1]):
-        if part.casefold().endswith((*TAR_SUFFIXES, *GZIP_SUFFIXES, *PARQUET_SUFFIXES)):
+        if part.casefold().endswith((*TAR_SUFFIXES, *GZIP_SUFFIXES, *PARQUET_SUFFIXES, *ARRAY_SUFFIXES)):
             shard = Path(*parts[: i + 1])
             if shard.is_file():
                 return shard, PurePosixPath(*parts[i + 1 :]).as_posix()
     return None
+
+
+def _is_array(path: Path) -> bool:
+    return path.name.casefold().endswith(ARRAY_SUFFIXES)
 
 
 def read_member(shard: Path, name: str) -> bytes:
