@@ -1,4 +1,4 @@
-"""Whatever the user points at, opened by the reader that fits: a table, a folder of images, or tar shards."""
+"""Whatever the user points at, opened by the reader that fits: a table, a folder, tar shards, or a data set by name."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from chiasm.datasets import named
 from chiasm.datasets.columns import Columns
 from chiasm.datasets.dataset import Dataset
 from chiasm.datasets.folder import load_folder
@@ -29,6 +30,7 @@ def open_dataset(
 ) -> Dataset:
     """Read a data set by what it is.
 
+    ``pcam:/data`` is the public data set of that name below ``/data``; see `chiasm.datasets.named`.
     ``x.tar`` or ``x.tar.gz``, a pattern with braces or ``::``, and a folder of tar files are webdataset shards. A folder
     with a table (``metadata.csv``, ``table.csv`` ..., or a single table of any name) is that table. Any other folder is
     a folder of images with classes from its subfolders. A file is a table.
@@ -44,6 +46,11 @@ def open_dataset(
     Raises:
         InputError: There is nothing at ``source``, or it could be several things.
     """
+    by_name = named.split_source(source)
+    if by_name is not None:
+        if columns is not None or root is not None:
+            raise InputError(f"columns and root are for tables; `{by_name[0]}` is a data set of its own")
+        return named.open_dataset(*by_name, require=require, on_bad_row=on_bad_row, check_images=check_images)
     text, path = str(source), Path(source)
     if path.is_file() and not is_shard(path):
         return load_table(
