@@ -21,7 +21,7 @@ from chiasm.cli.output import (
 
 
 def run(
-    source: Annotated[str, typer.Argument(help="Table, folder of images, or webdataset shards ({000..012}.tar).")],
+    source: Annotated[str, typer.Argument(help="Table, folder of images, shards ({000..012}.tar), or pcam:FOLDER.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the store.")],
     model: ModelOption = "",
     modality: Annotated[str, typer.Option("--modality", help="image, text or both.")] = "both",

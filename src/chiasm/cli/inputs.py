@@ -28,7 +28,11 @@ ROLES = ("image", "text", "id", "patient", "study", "slide", "split")
 
 TableOption = Annotated[
     Path | None,
-    typer.Option("--table", "-t", help="CSV, TSV, JSONL, Parquet, folder or shards; columns are recognised by name."),
+    typer.Option(
+        "--table",
+        "-t",
+        help="CSV, TSV, JSONL, Parquet, folder, shards, or pcam:FOLDER; columns are recognised by name.",
+    ),
 ]
 ImagesArgument = Annotated[list[Path] | None, typer.Argument(help="Image files or folders of images.")]
 GroupOption = Annotated[
@@ -125,7 +129,7 @@ def open_table(
     """Open whatever :func:`chiasm.datasets.open_dataset` opens.
 
     Args:
-        path: Table, folder or shards.
+        path: Table, folder, shards, or ``NAME:ROOT`` of a public data set, whose cautions go to standard error.
         group: Column of the patient.
         columns: ``role=name`` of other columns; several ``text=`` are joined.
         root: Folder of relative image paths.
@@ -133,9 +137,13 @@ def open_table(
         on_bad_row: ``skip`` or ``fail``.
     """
     from chiasm.datasets import open_dataset
+    from chiasm.datasets.named import cautions_of
 
     chosen = _columns(columns or (), group)
-    return open_dataset(path, columns=chosen, root=root, require=require, on_bad_row=on_bad_row)
+    dataset = open_dataset(path, columns=chosen, root=root, require=require, on_bad_row=on_bad_row)
+    for caution in cautions_of(path):
+        print(f"note: {caution}", file=sys.stderr)
+    return dataset
 
 
 def _columns(words: Sequence[str], group: str | None) -> Columns | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from chiasm.config import apply_overrides, build, read_toml, to_mapping
+from chiasm.datasets.named import NAMED
 from chiasm.encoders.base import EncoderConfig, ImageTowerConfig, ProjectionConfig, TextTowerConfig
 from chiasm.errors import ConfigError
 from chiasm.types import Preprocess, digest_of
@@ -407,7 +408,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def anchored(path: str | None, folder: Path) -> str | None:
-    """Return a path that starts at the folder of a recipe, unless it is absolute, a URL or begins with a variable."""
+    """Return a path that starts at the folder of a recipe, unless it is absolute, a URL or begins with a variable.
+
+    Of ``pcam:FOLDER`` the folder is meant.
+    """
+    name, colon, inner = (path or "").partition(":")
+    if colon and name.casefold() in NAMED:
+        return f"{name}:{anchored(inner, folder)}"
     if path is None or path.startswith(("$", "~")) or "://" in path or Path(path).is_absolute():
         return path
     return str(folder / path)
