@@ -275,7 +275,7 @@ class StageConfig:
         eval_every: Steps between validations; 0: ten of them per epoch, at least one step apart.
         patience: Stop after this many validations without a better value; 0: never.
         min_delta: By how much a value must be better to count.
-        checkpoint_every: Steps between checkpoints to go on from; 0: with every validation.
+        checkpoint_every: Steps between checkpoints to go on from; 0: every 20 seconds.
     """
 
     steps: int | None = None
@@ -322,6 +322,7 @@ class FuseConfig(StageConfig):
         lock_vision_head: Keep ``h_v`` as the unimodal stage left it.
         text_lora: Adapt the text tower, too; its classification loss then anchors the targets, and a collapse stops
             the run.
+        text_anchor: Weight of that classification loss; without it (0) the targets are free to collapse.
         collapse_rank: Effective rank of the targets below which a run with ``text_lora`` stops.
     """
 
@@ -333,11 +334,12 @@ class FuseConfig(StageConfig):
     warm_start_text: bool = True
     lock_vision_head: bool = False
     text_lora: LoraConfig | None = None
+    text_anchor: float = 1.0
     collapse_rank: float = 1.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("kd_weight", "kd_warmup_steps"):
+        for name in ("kd_weight", "kd_warmup_steps", "text_anchor"):
             _check(getattr(self, name) >= 0, f"fuse.{name}", f"must not be negative, got {getattr(self, name)}")
         _check(self.kd_temperature > 0, "fuse.kd_temperature", f"must be positive, got {self.kd_temperature}")
 
