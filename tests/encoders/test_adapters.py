@@ -159,6 +159,20 @@ def test_convolutions_are_adapted_where_they_carry_the_tower() -> None:
     torch.testing.assert_close(model(x), after, rtol=1e-5, atol=1e-5)
 
 
+def test_a_patch_embedding_is_adapted_alone_when_it_is_named(tiny: Tiny) -> None:
+    tower = freeze(tiny().visual)
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    before = tower(pixels)
+    apply_lora(tower, LoraConfig(rank=2, targets=("conv1", "projection")))
+    adapted = {name for name, _ in tower.named_parameters() if "lora_" in name}
+    assert {name.split(".lora_")[0] for name in adapted} == {"conv1"}
+    torch.testing.assert_close(tower(pixels), before, rtol=1e-5, atol=1e-5)  # a convolution now, a product before
+    disturb(tower)
+    changed = tower(pixels)
+    assert not torch.allclose(changed, before)
+    torch.testing.assert_close(merge_lora(tower)(pixels), changed, rtol=1e-5, atol=1e-5)
+
+
 def test_dropout_of_the_fused_update_is_for_training_only() -> None:
     torch.manual_seed(0)
     update = FusedLora(torch.randn(12, 4), LoraConfig(rank=2, dropout=0.5))

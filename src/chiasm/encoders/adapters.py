@@ -136,14 +136,15 @@ def apply_lora(module: nn.Module, config: LoraConfig) -> nn.Module:
     Args:
         module: Any tower.
         config: Rank, alpha, dropout and targets. Without targets: all linear layers and fused QKV matrices, and in
-            towers whose convolutions hold more weights than their linear layers also the ungrouped convolutions.
+            towers whose convolutions hold more weights than their linear layers also the ungrouped convolutions. A
+            target may name an ungrouped convolution in any tower: ``conv1`` is the patch embedding of a ViT.
 
     Raises:
         ConfigError: Nothing to adapt, targets that match nothing, or a tower that is adapted already.
     """
     if has_lora(module):
         raise ConfigError("the tower has low-rank adapters already", hint="merge them first: `merge_lora(tower)`")
-    layers, fused = _candidates(module)
+    layers, fused = _candidates(module, every=bool(config.targets))
     if config.targets:
         layers = [name for name in layers if _matches(name, config.targets)]
         fused = [name for name in fused if _matches(f"{name}.{FUSED}", config.targets)]
@@ -202,8 +203,8 @@ def merge_lora(module: nn.Module) -> nn.Module:
     return module
 
 
-def _candidates(module: nn.Module) -> tuple[list[str], list[str]]:
-    """Names of layers that peft can adapt, and of native attentions."""
+def _candidates(module: nn.Module, *, every: bool) -> tuple[list[str], list[str]]:
+    """Names of layers that peft can adapt, and of native attentions; ``every``: convolutions whatever their share."""
     hidden = {
         f"{name}.{child}"
         for name, owner in module.named_modules()
@@ -225,7 +226,7 @@ def _candidates(module: nn.Module) -> tuple[list[str], list[str]]:
         elif isinstance(child, Attention):
             fused.append(name)
             sizes["linear"] += child.in_proj_weight.numel()
-    if sizes["convolution"] > sizes["linear"]:
+    if every or sizes["convolution"] > sizes["linear"]:
         return linear + convolutions, fused
     return linear, fused
 
