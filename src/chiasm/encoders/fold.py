@@ -4,7 +4,8 @@ In: trained :class:`DistilledHeads`. Out: :class:`FoldedHeads`. Only what is exa
 
 - the standardisation of the features goes into the layers behind it;
 - ``h_d`` and the first layer of ``h_t`` become one layer, unless the predicted embedding is brought to a fixed length in
-  between: the length depends on the image, so no constant matrix can stand for it;
+  between: the length depends on the image, so no constant matrix can stand for it. (Nor where the one layer would have
+  more weights than the two: a text embedding narrower than what lies around it.)
 - the fusion layer goes into the last layers of ``h_v`` and ``h_t``; where nothing nonlinear is left, all is one layer.
 
 Products are computed in float64 and rounded once.
@@ -23,7 +24,7 @@ from chiasm.config import build, to_mapping
 from chiasm.encoders.heads import SLOPE, DistilledHeads, FeatureNorm
 from chiasm.errors import ConfigError
 
-Between = Literal["leaky_relu", "normalize"]
+Between = Literal["leaky_relu", "normalize", "nothing"]
 #: |mean| / deviation of a feature from which on its mean is subtracted first: multiplied out, the two large numbers
 #: ``w·x`` and ``w·mean`` would lose in float32 what the fold must keep.
 LARGEST_OFFSET = 30.0
@@ -81,7 +82,7 @@ class FoldedConfig:
         """Multiply-adds per image: the weights without the biases."""
         total = 0
         for sizes in (self.vision, self.text):
-            total += sum(a * b for a, b in zip((self.width, *sizes[:-1]), sizes, strict=True))
+            total += sum(a * b for a, b in zip((self.width, *sizes)[:-1], sizes, strict=True))
         return total
 
 
@@ -128,7 +129,13 @@ def fold_heads(heads: DistilledHeads) -> FoldedHeads:
         between = ["leaky_relu"] * (len(toward) - 1)
         if config.text_length is None:
             joined = after[0].behind(toward[-1])
-            text = [*toward[:-1], joined, *after[1:]]
+            all_linear = len(vision) == len(toward) == len(after) == 1
+            if all_linear or joined.weight.numel() <= toward[-1].weight.numel() + after[0].weight.numel():
+                text = [*toward[:-1], joined, *after[1:]]
+            else:
+                kept.append("h_d and h_t: the text embedding is so narrow that one layer would have more weights")
+                text = [*toward, *after]
+                between.append("nothing")
         else:
             kept.append("h_d and h_t: the predicted text embedding is brought to a fixed length between them")
             scaled = _Affine(after[0].weight * config.text_length, after[0].bias)
@@ -193,12 +200,12 @@ def _statistics(norm: nn.Module, width: int) -> tuple[Tensor, Tensor]:
 
 
 def _layers(width: int, sizes: tuple[int, ...]) -> nn.ModuleList:
-    return nn.ModuleList(nn.Linear(a, b) for a, b in zip((width, *sizes[:-1]), sizes, strict=True))
+    return nn.ModuleList(nn.Linear(a, b) for a, b in zip((width, *sizes)[:-1], sizes, strict=True))
 
 
 def _run(layers: nn.ModuleList, x: Tensor, between: tuple[Between, ...]) -> Tensor:
     for i, layer in enumerate(layers):
-        if i:
+        if i and between[i - 1] != "nothing":
             x = F.leaky_relu(x, SLOPE) if between[i - 1] == "leaky_relu" else F.normalize(x, dim=-1)
         x = layer(x)
     return x
