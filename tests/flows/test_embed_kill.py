@@ -16,7 +16,7 @@ from PIL import Image
 from chiasm.io.store import open_store
 from chiasm.types import Modality
 
-ROWS = 240
+ROWS = 144
 MODALITIES: tuple[Modality, ...] = ("image", "text")
 
 #: The tiny real encoder, slow enough that a kill falls into the work.
@@ -73,7 +73,7 @@ def test_stopped_runs_resume_to_the_same_store(table: Path, tmp_path: Path) -> N
     command = [sys.executable, str(script), str(table), str(tmp_path / "store")]
     seed = random.SystemRandom().randrange(10**6)  # a new moment every time; shown when the test fails
     draw = random.Random(seed)
-    for stage, batches, stop in (("images", 20, signal.SIGKILL), ("texts", 4, signal.SIGINT)):
+    for stage, batches, stop in (("images", 12, signal.SIGKILL), ("texts", 4, signal.SIGINT)):
         left, seen = draw.randrange(batches), ""
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert process.stdout is not None
