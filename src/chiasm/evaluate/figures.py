@@ -47,7 +47,8 @@ _STYLE: dict[str, Any] = {
 }
 
 
-def _draw(width: float, height: float, paint: Any) -> str:
+def draw(width: float, height: float, paint: Any) -> str:
+    """Return what ``paint`` puts on a figure of this size (inches) as SVG, in the style of all pages."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure as MplFigure
@@ -90,7 +91,7 @@ def interval_dots(
         if limits:
             axes.set_xlim(*limits)
 
-    return _draw(width, 0.36 * len(intervals) + 0.9, paint)
+    return draw(width, 0.36 * len(intervals) + 0.9, paint)
 
 
 def training_curve(
@@ -134,7 +135,7 @@ def training_curve(
             other.set_ylabel("held-out patients")
             other.legend(loc="center right", fontsize=9)
 
-    return _draw(6.2, 3.5, paint)
+    return draw(6.2, 3.5, paint)
 
 
 def similarity_matrix(
@@ -160,7 +161,7 @@ def similarity_matrix(
         axes.set_yticks(range(0, n, 4), [str(i + 1) for i in range(0, n, 4)])
         figure.colorbar(drawn, ax=axes, shrink=0.82, label="cosine")
 
-    return _draw(5.6, 4.4, paint)
+    return draw(5.6, 4.4, paint)
 
 
 def point_map(
@@ -196,7 +197,7 @@ def point_map(
         axes.grid(visible=False)
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9, title=legend or None, markerscale=1.4)
 
-    return _draw(9.6, 4.8, paint)
+    return draw(9.6, 4.8, paint)
 
 
 def grouped_bars(values: Mapping[str, Mapping[str, Interval]], *, ylabel: str) -> str:
@@ -221,4 +222,4 @@ def grouped_bars(values: Mapping[str, Mapping[str, Interval]], *, ylabel: str) -
         axes.set_ylabel(ylabel + "   (orange: chance)")
         axes.legend(fontsize=9, loc="upper left")
 
-    return _draw(6.2, 3.5, paint)
+    return draw(6.2, 3.5, paint)
