@@ -246,7 +246,7 @@ def test_absent_empty_and_wrong_places_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"neither a table nor"):
         read_reports(tmp_path)
     (tmp_path / "r.txt").write_text("one\n")
-    with pytest.raises(InputError, match="has no columns, but `where` names one"):
+    with pytest.raises(InputError, match="has no columns; `where` is not for it"):
         read_reports(tmp_path / "r.txt", where=["a=b"])
     pq.write_table(pa.table({"text": [b"bytes"]}), tmp_path / "r.parquet")
     with pytest.raises(InputError, match="holds bytes"):

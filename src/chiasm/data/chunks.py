@@ -22,6 +22,7 @@ from chiasm.progress import Progress, SilentProgress
 _BATCH = 512
 _WORD = re.compile(r"\S+")
 _CLOSERS = "'\")]}”’"
+_ENDS = ".!?" + _CLOSERS
 _ABBREVIATIONS = frozenset(("approx", "cf", "dr", "fig", "mr", "mrs", "ms", "no", "nos", "pt", "st", "vs"))
 _Span = tuple[int, int]
 
@@ -159,15 +160,19 @@ class _Cutter:
         spans: list[_Span] = []
         costs: list[int] = []
         stops: list[bool] = []
-        words = list(_WORD.finditer(text))
-        for word, following in zip(words, [*words[1:], None], strict=True):
-            parts = [(word.span(), self._known[word.group()])]
-            if parts[0][1] > self._room:
-                parts = self._split_word(text, word.span())
-            spans += [span for span, _ in parts]
-            costs += [cost for _, cost in parts]
-            stops += [False] * (len(parts) - 1)
-            stops.append(following is not None and _ends_sentence(word.group(), following.group()))
+        matches = list(_WORD.finditer(text))
+        words = [match.group() for match in matches]
+        for match, word, following in zip(matches, words, [*words[1:], ""], strict=True):
+            cost = self._known[word]
+            if cost <= self._room:
+                spans.append(match.span())
+                costs.append(cost)
+            else:
+                parts = self._split_word(text, match.span())
+                spans += [span for span, _ in parts]
+                costs += [part for _, part in parts]
+                stops += [False] * (len(parts) - 1)
+            stops.append(bool(following) and word[-1] in _ENDS and _ends_sentence(word, following))
         return _Units(spans, [0, *accumulate(costs)], stops)
 
     def _split_word(self, text: str, span: _Span) -> list[tuple[_Span, int]]:
