@@ -90,13 +90,6 @@ def test_cancer_types_say_the_tissue(metadata: Path) -> None:
     assert len(read_tcga_reports(metadata, tissue="coad", keep=["grade 1"])) == 1
 
 
-def test_the_name_tcga_leads_here_from_any_corpus(metadata: Path) -> None:
-    corpus = read_reports(f"tcga:{metadata}", tissue="colon", keep=["grade"])
-    assert corpus.digest == read_tcga_reports(metadata, tissue="colon", keep=["grade"]).digest
-    with pytest.raises(InputError, match="`where` is not for it"):
-        read_reports(f"tcga:{metadata}", where=["cancer_type=COAD"])
-
-
 def test_every_code_of_tcga_has_an_organ() -> None:
     assert len(ORGANS) == 33
 

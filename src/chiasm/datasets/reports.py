@@ -23,7 +23,6 @@ from chiasm.datasets.report_filters import (
     tissue_filter,
 )
 from chiasm.datasets.sources import find_table
-from chiasm.datasets.tcga_reports import read_tcga_reports
 from chiasm.errors import FileFormatError, InputError
 from chiasm.io.manifest import Rejected
 
@@ -57,14 +56,13 @@ def read_reports(
     A ``.txt`` file has one report a line, called ``line-N``. Any other file is a table with a header; its columns are
     found by name (``report``, ``text``, ``findings`` with ``impression`` ...; ids need a unique column, else rows are
     called ``row-N``). A folder with a table is that table; else its ``.txt`` files, at any depth, are one report each,
-    in the order of their names, which are the ids. ``tcga:FOLDER`` are TCGA's reports, see
-    :func:`chiasm.datasets.tcga_reports.read_tcga_reports`.
+    in the order of their names, which are the ids. `chiasm.datasets.report_sources` also opens ``tcga:FOLDER``.
 
     A pattern is found anywhere, whatever its case (``colon``); ``=colon`` must be the whole value; ``re:^colo`` is a
     regular expression, searched without case.
 
     Args:
-        path: File or folder, or ``tcga:`` and a folder.
+        path: File or folder.
         text: Column of the reports; several are joined by a space.
         id: Column of ids.
         tissue: Pattern for the tissue. Where the source has no tissue column, the text itself is searched; the count
@@ -83,15 +81,6 @@ def read_reports(
         UnknownName: A column that was named does not exist.
         FileFormatError: The file is damaged or binary.
     """
-    options = {"text": text, "id": id, "patient": patient, "tissue_column": tissue_column, "where": where}
-    named = [name for name, value in options.items() if value]
-    if str(path).startswith("tcga:"):
-        if named or encoding:
-            raise InputError(
-                f"`tcga:` knows its columns; `{(named or ['encoding'])[0]}` is not for it", hint="leave it out"
-            )
-        folder = Path(str(path).removeprefix("tcga:"))
-        return read_tcga_reports(folder, tissue=tissue, keep=keep, drop=drop, min_words=min_words)
     path = Path(path)
     if not path.exists():
         raise InputError(f"reports `{path.name}` do not exist", hint="give a text file, a table or a folder of texts")
@@ -110,6 +99,8 @@ def read_reports(
         )
         raw, rejected, columns, tissue_column = _read_table(source, wanted, tissue_column, [c for c, _ in wheres])
     else:
+        options = {"text": text, "id": id, "patient": patient, "tissue_column": tissue_column, "where": where}
+        named = [name for name, value in options.items() if value]
         if named:
             raise InputError(f"`{path.name}` has no columns; `{named[0]}` is not for it", hint="leave it out")
         raw, rejected = _read_folder(source, encoding) if source.is_dir() else _read_lines(source, encoding)
