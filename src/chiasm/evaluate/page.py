@@ -1,7 +1,7 @@
 """Results to one self-contained HTML page: pictures and tables inside, no external request, readable without network.
 
 A page is a title, a row of key numbers and sections; a section is a heading, a sentence and blocks. Blocks are small
-frozen values (``Figure``, ``Table``, ``Gallery``, ``Commands``, ``Note``), so every command composes its page from the
+frozen values (``Figure``, ``Table``, ``Gallery``, ``Excerpts``, ``Commands``, ``Note``), so every command composes its page from the
 same parts and all pages look alike. All text is escaped by the template engine.
 """
 
@@ -89,7 +89,29 @@ class Note:
     kind: str = "note"
 
 
-Block = Figure | Table | Gallery | Commands | Note
+@dataclass(frozen=True)
+class Excerpt:
+    """A picture beside a text, of which one part is marked; ``lines`` stand under the heading."""
+
+    picture: Picture
+    heading: str
+    lines: tuple[str, ...] = ()
+    before: str = ""
+    marked: str = ""
+    after: str = ""
+
+
+@dataclass(frozen=True)
+class Excerpts:
+    """Pictures beside their texts, one under the other."""
+
+    rows: tuple[Excerpt, ...]
+    caption: str = ""
+    size_px: int = 190
+    kind: str = "excerpts"
+
+
+Block = Figure | Table | Gallery | Commands | Note | Excerpts
 
 
 @dataclass(frozen=True)
