@@ -36,26 +36,28 @@ def case(**changed: SeedDifference | None) -> dict[str, SeedDifference]:
 def test_text_helped() -> None:
     found = verdict(case(), values={"clip_it": 0.864})
     assert (found.outcome, found.headline) == ("helped", "Text helped")
-    assert "86.4 % balanced accuracy: +5.5 points [+5.0, +6.0], p < 0.001, against the same heads" in found.sentence
+    assert (
+        "86.4 % balanced accuracy: +5.5 points [+5.0, +6.0], p < 0.001, against CLIP-IT without text" in found.sentence
+    )
     assert "5 seeds, 95 % intervals" in found.sentence
-    assert "shuffled pairs (+5.5 points" in found.sentence
+    assert "shuffled reports (+5.5 points" in found.sentence
 
 
 @pytest.mark.parametrize(
     ("changed", "outcome", "words"),
     [
-        ({"lambda0": difference(FLAT)}, "not_the_text", "Over the same heads without text it is only -0.1 points"),
+        ({"lambda0": difference(FLAT)}, "not_the_text", "Over CLIP-IT without text it is only -0.1 points"),
         ({"shuffled": difference(FLAT)}, "not_the_text", "dealt out at random"),
         ({"random_text": difference(FLAT)}, "not_the_text", "which images share a report"),
-        ({"shuffled": difference(DOWN)}, "not_the_text", "not shown to be above shuffled pairs"),
-        ({"shuffled": None, "shuffled_lambda0": None}, "cannot_say", "Shuffled pairs were not run"),
-        ({"random_text": None}, "helped", "Random text was not run"),
+        ({"shuffled": difference(DOWN)}, "not_the_text", "not shown to be above shuffled reports"),
+        ({"shuffled": None, "shuffled_lambda0": None}, "cannot_say", "Shuffled reports were not run"),
+        ({"random_text": None}, "helped", "Random vectors were not run"),
         ({"shuffled_lambda0": difference(UP)}, "helped", "Part of the gain needs no meaning"),
         ({"unimodal": difference(FLAT)}, "no_difference_shown", "makes up for what the additional heads cost"),
         ({"unimodal": difference(FLAT), "lambda0": difference(FLAT)}, "no_difference_shown", "less than about 1.8 points"),
         ({"lambda0": difference(DOWN)}, "hurt", "-5.5 points"),
         ({"lambda0": difference(DOWN), "unimodal": difference(DOWN)}, "hurt", "-5.5 points"),
-        ({"unimodal": difference(DOWN)}, "worse_than_unimodal", "against the unimodal probe"),
+        ({"unimodal": difference(DOWN)}, "worse_than_unimodal", "against images only"),
         ({"lambda0": None}, "cannot_say", "`clip_it` and `lambda0` were not run"),
         ({"lambda0": None, "unimodal": None}, "cannot_say", "`lambda0` and `unimodal` were not run"),
         ({"lambda0": difference((0.3,)), "unimodal": difference((0.3,))}, "cannot_say", "One seed proves nothing"),
@@ -77,7 +79,7 @@ def test_other_patients_can_take_the_claim_back() -> None:
     here = case(lambda0=difference(UP, (-0.02, 0.12)), unimodal=difference(UP, (0.01, 0.1)))
     found = verdict(here)
     assert found.outcome == "these_patients_only"
-    assert "[-2.0, +12.0] against the same heads without text" in found.sentence
+    assert "[-2.0, +12.0] against CLIP-IT without text" in found.sentence
     sure = verdict(case(lambda0=difference(UP, (0.02, 0.12)), unimodal=difference(UP, (0.01, 0.1))))
     assert sure.outcome == "helped"
     assert "With patients drawn anew as well, the intervals are [+2.0, +12.0]" in sure.sentence

@@ -78,12 +78,12 @@ LOWER_IS_BETTER = frozenset({"ece", "ece_debiased", "brier", "log_loss"})
 
 COMPARISONS = (
     ("clip_it", "unimodal"),
-    ("clip_it", "unimodal_lora"),
     ("clip_it", "lambda0"),
     ("clip_it", "shuffled"),
     ("clip_it", "random_text"),
-    ("clip_it", "prompt_text"),
     ("shuffled", "lambda0"),
+    ("clip_it", "unimodal_lora"),
+    ("clip_it", "prompt_text"),
     ("random_text", "lambda0"),
     ("prompt_text", "lambda0"),
     ("lambda0", "unimodal"),

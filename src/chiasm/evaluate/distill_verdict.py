@@ -7,10 +7,10 @@ The rule, with "above" meaning: the mean over seeds is above 0, its Holm-correct
 over seeds and patients, where there is one, lies above 0:
 
 1. an arm that is needed is absent, or fewer than two seeds: ``cannot_say``;
-2. CLIP-IT is below its own heads without text: ``hurt``; only below the unimodal probe: ``worse_than_unimodal``;
-3. CLIP-IT is above the probe and above its heads without text, and above shuffled pairs and random text: ``helped``;
-   not above one of these two: ``not_the_text``; shuffled pairs were not run: ``cannot_say``;
-4. CLIP-IT is above the probe, but not above its heads without text: ``not_the_text``;
+2. CLIP-IT is below itself without text: ``hurt``; only below images only: ``worse_than_unimodal``;
+3. CLIP-IT is above images only and above itself without text, and above shuffled reports and random vectors: ``helped``;
+   not above one of the last two: ``not_the_text``; shuffled reports were not run: ``cannot_say``;
+4. CLIP-IT is above images only, but not above itself without text: ``not_the_text``;
 5. the intervals over seeds are above 0, the joint ones are not: ``these_patients_only``;
 6. anything else: ``no_difference_shown``, with the size of what could have been seen.
 """
@@ -42,19 +42,19 @@ ENOUGH_SEEDS = 5
 FEW_GROUPS = 10
 
 SPOKEN = {
-    "unimodal": "the unimodal probe",
-    "unimodal_lora": "the unimodal classifier with LoRA",
-    "lambda0": "the same heads without text",
+    "unimodal": "images only",
+    "unimodal_lora": "images only with LoRA",
+    "lambda0": "CLIP-IT without text",
     "clip_it": "CLIP-IT",
-    "shuffled": "shuffled pairs",
-    "random_text": "random vectors in place of the reports",
-    "prompt_text": "sentences with class names in place of reports",
-    "paired": "each image's own report",
-    "label_leak": "the sentence of the true label",
-    "no_warm_start": "CLIP-IT without warm start",
-    "late_fusion": "late fusion with the real text",
+    "shuffled": "shuffled reports",
+    "random_text": "random vectors",
+    "prompt_text": "class names as text",
+    "paired": "the images' own reports",
+    "label_leak": "the true label as text",
+    "no_warm_start": "CLIP-IT with a cold text head",
+    "late_fusion": "text at test time",
 }
-"""Arms as a sentence calls them."""
+"""Arms as sentences, tables and figures call them."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,17 @@ class Verdict:
     Attributes:
         outcome: One of a fixed list, for programs.
         headline: A few words, for titles.
-        sentence: Everything that a reader must know, with numbers in percentage points of balanced accuracy.
+        reasons: Sentences with numbers in percentage points of balanced accuracy, the most important first.
     """
 
     outcome: Outcome
     headline: str
-    sentence: str
+    reasons: tuple[str, ...]
+
+    @property
+    def sentence(self) -> str:
+        """Everything that a reader must know: headline and reasons."""
+        return " ".join([f"{self.headline}.", *self.reasons])
 
 
 def verdict(
@@ -95,13 +100,13 @@ def verdict(
         return Verdict(
             "cannot_say",
             "Cannot say whether text helped",
-            f"Cannot say whether text helped. The arms `clip_it` and {missing} were not run beside each other.",
+            (f"The arms `clip_it` and {missing} were not run beside each other.",),
         )
     said = _Sentences(corrected, values or {}, level)
     if "unknown" in (text, probe):
-        return Verdict("cannot_say", "Cannot say whether text helped", said.one_seed())
+        return Verdict("cannot_say", "Cannot say whether text helped", (said.one_seed(),))
     outcome, headline, reasons = _decide(states, text, probe, said)
-    return Verdict(outcome, headline, " ".join([f"{headline}.", *reasons, *said.caveats()]))
+    return Verdict(outcome, headline, (*reasons, *said.caveats()))
 
 
 def _decide(
@@ -111,7 +116,7 @@ def _decide(
     if text == "below":
         return "hurt", "Text hurt", both
     if probe == "below":
-        return "worse_than_unimodal", "CLIP-IT is worse than the probe it started from", both
+        return "worse_than_unimodal", "CLIP-IT is worse than images only", both
     if text == "above" and probe == "above":
         reached = [c for c in ("shuffled", "random_text") if states.get(f"clip_it-{c}", "above") != "above"]
         if reached:
@@ -120,7 +125,7 @@ def _decide(
             return (
                 "cannot_say",
                 "Better, but it cannot be said whether the text is why",
-                [*both, "Shuffled pairs were not run, so any vectors might do as much."],
+                [*both, "Shuffled reports were not run, so any vectors might do as much."],
             )
         joint = [said.joint()] if said.has_joint() else []
         return "helped", "Text helped", [*both, *said.controls(states), *joint]
@@ -135,12 +140,12 @@ def _decide(
     if text in ("above", "above_here"):
         return (
             "no_difference_shown",
-            "No difference to the unimodal probe shown",
+            "No difference to images only shown",
             [
                 said.against("unimodal"),
                 said.could_have_seen("unimodal"),
-                f"The text makes up for what the additional heads cost ({said.number('clip_it-lambda0')} over "
-                "the same heads without text), not more.",
+                f"The text makes up for what the additional heads cost ({said.number('clip_it-lambda0')} over CLIP-IT "
+                "without text), not more.",
             ],
         )
     return "no_difference_shown", "No difference shown", [*both, said.could_have_seen("lambda0")]
@@ -182,15 +187,14 @@ class _Sentences:
         return f"{start}: {parts} ({how})."
 
     def one_seed(self) -> str:
-        start = "Cannot say whether text helped."
         run = f"Run `--seeds {ENOUGH_SEEDS}` or more."
         if self.n_seeds == 0:
-            return f"{start} CLIP-IT and its controls have no seed in common. {run}"
+            return f"CLIP-IT and its controls have no seed in common. {run}"
         found = " and ".join(
             f"{points(self.differences[f'clip_it-{o}'].value)} points against {SPOKEN[o]}"
             for o in ("lambda0", "unimodal")
         )
-        return f"{start} One seed proves nothing: CLIP-IT stands at {found}. {run}"
+        return f"One seed proves nothing: CLIP-IT stands at {found}. {run}"
 
     def reached(self, control: str) -> str:
         why = {
@@ -204,19 +208,19 @@ class _Sentences:
         sentences = [
             "It is above "
             + " and ".join(f"{SPOKEN[c]} ({self.number(f'clip_it-{c}')})" for c in run)
-            + ", so it is the right text that helps."
+            + ", so it is what the matched reports say that helps."
         ]
         if "random_text" not in run:
-            sentences.append("Random text was not run: the grouping of images may be part of the gain.")
+            sentences.append("Random vectors were not run: the grouping of images may be part of the gain.")
         if states.get("shuffled-lambda0") in ("above", "above_here"):
             sentences.append(
-                f"Part of the gain needs no meaning: shuffled pairs alone bring {self.number('shuffled-lambda0')} over the "
-                "same heads without text."
+                f"Part of the gain needs no meaning: shuffled reports alone bring {self.number('shuffled-lambda0')} over "
+                "CLIP-IT without text."
             )
         return sentences
 
     def without_text(self) -> str:
-        return f"Over the same heads without text it is only {self.number('clip_it-lambda0')}: not shown."
+        return f"Over CLIP-IT without text it is only {self.number('clip_it-lambda0')}: not shown."
 
     def could_have_seen(self, other: str) -> str:
         d = self.differences[f"clip_it-{other}"]
