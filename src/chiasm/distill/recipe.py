@@ -453,8 +453,8 @@ def load_distill_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Dist
     folder = path.resolve().parent
 
     def at(value: str | None) -> str | None:
-        if value is None or re.match(r"[a-z0-9_]+:", value):  # a named data set: NAME:ROOT
-            return value
+        if value is not None and value.startswith("tcga:"):
+            return f"tcga:{anchored(value.removeprefix('tcga:'), folder)}"
         return anchored(value, folder)
 
     def model(value: str | None) -> str | None:
