@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import textwrap
 from pathlib import Path
 
 import pyarrow as pa
@@ -293,6 +294,17 @@ def test_filters_keep_what_fits_in_order(tmp_path_factory: pytest.TempPathFactor
     assert corpus.filters[0].kept + corpus.filters[0].dropped == len(rows)
     assert corpus.filters[1].kept + corpus.filters[1].dropped == corpus.filters[0].kept
     assert corpus.filters[1].kept == len(corpus)
+
+
+def test_the_page_on_corpora_keeps_its_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "report-corpora.md").read_text(encoding="utf-8")
+    block = page.split("leaves nothing is an error that names it.")[1].split("## Cleaning")[0]
+    write_csv(tmp_path / "reports.csv", ROWS)
+    monkeypatch.chdir(tmp_path)
+    exec(textwrap.dedent(block), {})
+    assert capsys.readouterr().out.startswith("1 reports of `reports.csv`")
 
 
 def real(name: str) -> Path:
