@@ -22,6 +22,7 @@ COMMANDS = (
     "retrieval",
     "explain",
     "embed",
+    "pairing",
     "train",
     "models",
     "doctor",

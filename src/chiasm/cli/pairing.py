@@ -1,0 +1,212 @@
+"""Give every image the nearest reports of a corpus, without looking at labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+
+import typer
+
+from chiasm.cli.inputs import ColumnOption, GroupOption, RootOption, SplitOption
+from chiasm.cli.output import (
+    BatchOption,
+    CodeOption,
+    DeviceOption,
+    FamilyOption,
+    JsonOption,
+    SeedOption,
+    make_progress,
+    print_json,
+)
+from chiasm.errors import InputError
+from chiasm.types import Sample
+
+if TYPE_CHECKING:
+    from chiasm.datasets.reports import ReportCorpus
+    from chiasm.evaluate.pairing_scores import PairingScores
+    from chiasm.pairing import PairingRun
+
+#: What ``--report-column`` can name, and how `open_reports` calls it.
+REPORT_ROLES = {"text": "text", "id": "id", "tissue": "tissue_column", "patient": "patient"}
+
+FilterOption = Annotated[
+    list[str] | None,
+    typer.Option("--text-filter", help="Keep reports that contain this in any case; `re:PATTERN` for an expression."),
+]
+
+
+def run(
+    images: Annotated[str, typer.Option("--images", "-i", help="Table, folder, shards, or a data set: `pcam:FOLDER`.")],
+    reports: Annotated[
+        Path, typer.Option("--reports", "-r", help="TXT (one report a line), CSV, JSONL, Parquet, folder, or tcga:FOLDER.")
+    ],
+    encoder: Annotated[
+        str, typer.Option("--encoder", "--model", "-m", help="A name from `chiasm models`, a model file or folder.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the pairs and their page.")],
+    top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, help="Reports an image.")] = 1,
+    min_similarity: Annotated[
+        str | None, typer.Option("--min-similarity", help="Least cosine of a pair, or `auto`; none by default.")
+    ] = None,
+    tissue: Annotated[str | None, typer.Option("--tissue", help="Keep reports of this tissue: colon, =colon.")] = None,
+    text_filter: FilterOption = None,
+    report_column: Annotated[
+        list[str] | None,
+        typer.Option("--report-column", help="What a column of the corpus is: text=REPORT, id=KEY, tissue=ORGAN."),
+    ] = None,
+    aggregate: Annotated[
+        str, typer.Option("--aggregate", help="A report's similarity from its chunks: max, mean, top_mean.")
+    ] = "max",
+    correction: Annotated[
+        str, typer.Option("--correction", help="Against hubs: none, csls, inverted_softmax.")
+    ] = "none",
+    overlap: Annotated[
+        int | None, typer.Option("--overlap", min=0, help="Tokens that chunks of a long report share.")
+    ] = None,
+    split: SplitOption = None,
+    column: ColumnOption = None,
+    root: RootOption = None,
+    group: GroupOption = None,
+    examples: Annotated[
+        int, typer.Option("--examples", min=0, help="Pairs shown on the page, with patients' texts; 0: none.")
+    ] = 6,
+    audit_label: Annotated[
+        str | None,
+        typer.Option("--audit-label", help="Compare the finished pairs with this label; never used to pair."),
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option("--cache", help="Folder of vectors, found again by content; OUT/cache by default.")
+    ] = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Threads that read images.")] = 2,
+    device: DeviceOption = "cpu",
+    batch_size: BatchOption = 32,
+    seed: SeedOption = 0,
+    family: FamilyOption = None,
+    allow_code: CodeOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Pair, write the pairs, and describe them on a page."""
+    least = _least(min_similarity)
+    _check_choices(aggregate, correction)
+    from chiasm.cli.inputs import load_encoder, open_table, say_rejected, select_rows
+    from chiasm.evaluate.page import save_page
+    from chiasm.evaluate.pairing_page import pairing_page
+    from chiasm.evaluate.pairing_scores import score_pairing
+    from chiasm.io.manifest import RejectLog, write_json_atomic
+    from chiasm.io.pairs import save_pairs
+    from chiasm.pairing import pair_reports
+
+    dataset = open_table(images, group=group, columns=column, root=root, require=("image",))
+    samples = select_rows(dataset.samples, split)
+    _check_audit(samples, audit_label)
+    corpus = _corpus(reports, report_column, tissue, text_filter)
+    model = load_encoder(encoder, device=device, family=family, allow_code=allow_code)
+    found = pair_reports(
+        model,
+        samples,
+        corpus,
+        k=top_k,
+        aggregate=cast(Any, aggregate),
+        correction=cast(Any, correction),
+        min_similarity=least,
+        overlap_tokens=overlap,
+        cache=cache or out / "cache",
+        batch_size=batch_size,
+        workers=workers,
+        progress=make_progress(as_json, unit="rows"),
+    )
+    save_pairs(out, found.pairs)
+    scores = score_pairing(found, samples=samples, audit_label=audit_label, seed=seed)
+    log = RejectLog([*dataset.rejected, *found.rejected])
+    if len(log):
+        log.write(out / "rejected.jsonl")
+    page = save_page(pairing_page(found, scores, samples, examples=examples, folder=out.name), out / "index.html")
+    result = {
+        **scores.to_dict(),
+        "corpus": corpus.to_dict(),
+        "header": found.pairs.header.to_dict(),
+        "found_in_cache": found.found,
+        "left_out": log.counts(),
+        "out": str(out),
+        "page": str(page),
+    }
+    write_json_atomic(out / "pairing.json", {k: v for k, v in result.items() if k not in ("out", "page")})
+    if as_json:
+        print_json(result)
+        return
+    _say(found, scores, page)
+    say_rejected(log)
+
+
+def _least(text: str | None) -> float | Literal["auto"] | None:
+    if text is None or text == "none":
+        return None
+    if text == "auto":
+        return "auto"
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(
+            f"--min-similarity must be a cosine or `auto`, got `{text}`", hint="for example --min-similarity 0.2"
+        ) from None
+
+
+def _check_choices(aggregate: str, correction: str) -> None:
+    for option, value, known in (
+        ("--aggregate", aggregate, ("max", "mean", "top_mean")),
+        ("--correction", correction, ("none", "csls", "inverted_softmax")),
+    ):
+        if value not in known:
+            raise InputError(f"{option} must be one of {', '.join(known)}, got `{value}`")
+
+
+def _check_audit(samples: Sequence[Sample], label: str | None) -> None:
+    """Miss a label column before hours of embedding, not after."""
+    known = sorted({name for s in samples for name in s.labels})
+    if label is not None and label not in known:
+        raise InputError(f"the images have no label column `{label}`", hint=f"columns: {', '.join(known) or 'none'}")
+
+
+def _corpus(
+    path: Path, columns: Sequence[str] | None, tissue: str | None, text_filter: Sequence[str] | None
+) -> ReportCorpus:
+    from chiasm.datasets.report_sources import open_reports
+
+    named: dict[str, Any] = {}
+    for word in columns or ():
+        role, separator, name = word.partition("=")
+        if role not in REPORT_ROLES or not separator:
+            raise InputError(
+                f"--report-column must be ROLE=NAME, got `{word}`", hint=f"roles: {', '.join(REPORT_ROLES)}"
+            )
+        key = REPORT_ROLES[role]
+        if key in named and role != "text":
+            raise InputError(f"the {role} column of the corpus is named twice", hint="name one of them")
+        named[key] = [*named[key], name] if key in named else [name] if role == "text" else name
+    return open_reports(path, tissue=tissue, keep=tuple(text_filter or ()), **named)
+
+
+def _say(found: PairingRun, scores: PairingScores, page: Path) -> None:
+    from chiasm.metrics.pairing import quantiles
+
+    for count in found.corpus.filters:
+        print(f"filter {count}")
+    least = "" if scores.min_similarity is None else f" (similarity of at least {scores.min_similarity:.4f})"
+    print(f"{scores.paired} of {scores.images} images have a report{least}")
+    print(
+        f"similarity: median {quantiles(scores.similarity)['p50']:.3f}, of shuffled reports "
+        f"{quantiles(scores.random_similarity)['p50']:.3f}; lead over the second report: median "
+        f"{quantiles(scores.margin)['p50']:.3f}"
+    )
+    print(
+        f"{scores.hubness.used} of {scores.distinct_reports} reports are in use, one by {scores.hubness.max_load} images"
+        f" (Gini {scores.hubness.gini:.2f}, at random {scores.random_hubness.gini:.2f})"
+    )
+    if scores.audit is not None:
+        nmi = scores.audit.pairs.nmi
+        print(
+            f"audit: agreement with `{scores.audit.column}` {nmi.value:.3f}, by chance {nmi.chance:.3f}, "
+            f"p = {scores.audit.pairs.p_value:.3f}"
+        )
+    print(f"page: {page}")
