@@ -255,6 +255,8 @@ class HeadOptions:
 
     def __post_init__(self) -> None:
         _check(self.hidden is None or self.hidden >= 1, "heads.hidden", f"must be at least 1, got {self.hidden}")
+        if self.raw_text:
+            object.__setattr__(self, "text_length", None)
 
 
 @dataclass(frozen=True)
@@ -448,8 +450,6 @@ def load_distill_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Dist
     values = apply_overrides(read_toml(path), overrides)
     values.setdefault("name", path.stem)
     recipe = build(DistillRecipe, values)
-    if recipe.heads.raw_text:
-        recipe = replace(recipe, heads=replace(recipe.heads, text_length=None))
     folder = path.resolve().parent
 
     def at(value: str | None) -> str | None:

@@ -258,7 +258,7 @@ def recipe_from_reference(options: Mapping[str, object]) -> DistillRecipe:
     seen = replace(lora, targets=NO_LIN_TARGETS) if o["no_lin"] else lora
     heads = HeadOptions(distill="linear" if o["kd_layers"] == 1 else "mlp")
     if o["ref_compat"]:
-        heads = replace(heads, text_length=None, raw_text=True, standardize=False)
+        heads = replace(heads, raw_text=True, standardize=False)
     return DistillRecipe(
         name="_".join(part for part in ("clip_it", facts.name, _word(o["model"]), _word(o["run"])) if part),
         seed=o["sd"],
