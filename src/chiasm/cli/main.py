@@ -24,6 +24,7 @@ COMMANDS = (
     "embed",
     "pairing",
     "train",
+    "distill",
     "models",
     "doctor",
     "bundle",
@@ -57,7 +58,8 @@ def _root(
 
 for _name in COMMANDS:
     _module = import_module(f"chiasm.cli.{_name}")
-    app.command(_name.replace("_", "-"), help=_module.__doc__)(guard(_module.run))
+    _settings = getattr(_module, "CONTEXT", None)
+    app.command(_name.replace("_", "-"), help=_module.__doc__, context_settings=_settings)(guard(_module.run))
 
 
 def main() -> None:
