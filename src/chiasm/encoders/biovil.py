@@ -92,7 +92,7 @@ class BioVilImageTower(nn.Module):
         if self.takes_prior:
             maps = self.squeeze(maps)
             if prior is None:
-                difference = self.missing_previous.expand(len(maps), -1, *maps.shape[2:])
+                difference = self.missing_previous.expand(maps.shape[0], -1, *maps.shape[2:])
             else:
                 maps, before = maps.split(len(pixels))
                 difference = self.pooler(maps, before)

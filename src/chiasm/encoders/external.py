@@ -59,7 +59,7 @@ class ExternalImageTower(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Return (batch, output_dim)."""
-        if len(pixels) == 0:
+        if pixels.shape[0] == 0:
             return pixels.new_zeros(0, self.output_dim)
         output = self._call(pixels)
         if output.ndim == 4:
@@ -77,7 +77,7 @@ class ExternalImageTower(nn.Module):
             return output.permute(0, 2, 3, 1)
         side = math.isqrt(output.shape[1])
         patches = output[:, output.shape[1] - side**2 :]
-        return patches.reshape(len(patches), side, side, patches.shape[2])
+        return patches.reshape(patches.shape[0], side, side, patches.shape[2])
 
     def _call(self, pixels: Tensor) -> Tensor:
         output: Tensor = getattr(self.module, self._method)(pixels)

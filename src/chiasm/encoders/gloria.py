@@ -80,7 +80,7 @@ class GloriaImageTower(nn.Module):
     def _maps(self, pixels: Tensor) -> list[Tensor]:
         check_pixels(pixels, self.image_size)
         sides = (self.upsample, self.upsample)
-        if len(pixels):
+        if pixels.shape[0]:
             enlarged = F.interpolate(pixels, sides, mode="bilinear", align_corners=True)
         else:
             enlarged = pixels.new_zeros(0, 3, *sides)

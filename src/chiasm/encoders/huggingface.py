@@ -72,7 +72,7 @@ class HuggingFaceImageTower(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """Return (batch, output_dim)."""
         check_pixels(pixels, self.image_size)
-        if len(pixels) == 0:
+        if pixels.shape[0] == 0:
             return pixels.new_zeros(0, self.output_dim)
         output = self._run(pixels)
         if self.pool == "none":
@@ -101,7 +101,7 @@ class HuggingFaceImageTower(nn.Module):
             return hidden.permute(0, 2, 3, 1)
         patches = hidden[:, self._first_patch :]
         side = math.isqrt(patches.shape[1])
-        return patches.reshape(len(patches), side, side, patches.shape[2])
+        return patches.reshape(patches.shape[0], side, side, patches.shape[2])
 
     def _check_pool(self, output: Any) -> None:
         kind = type(self.model).__name__

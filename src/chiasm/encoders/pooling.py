@@ -31,7 +31,7 @@ class LatentPooler(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (batch, width) for tokens (batch, n, width)."""
-        pooled: Tensor = self.attn(self.query.expand(len(x), -1, -1), x, x, need_weights=False)[0]
+        pooled: Tensor = self.attn(self.query.expand(x.shape[0], -1, -1), x, x, need_weights=False)[0]
         return self._finish(pooled)[:, 0]
 
     def values(self, x: Tensor) -> Tensor:

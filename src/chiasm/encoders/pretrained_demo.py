@@ -110,6 +110,6 @@ class PooledLevels(nn.Module):
         return maps
 
     def _chunks(self, pixels: Tensor) -> list[Tensor]:
-        if pixels.device.type != "cpu":
+        if pixels.device.type != "cpu" or torch.compiler.is_exporting():  # a graph has no loop over batches
             return [pixels]
         return [part.contiguous(memory_format=torch.channels_last) for part in torch.split(pixels, CPU_CHUNK)]

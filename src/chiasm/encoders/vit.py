@@ -52,7 +52,7 @@ class AttentionalPooler(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return (batch, 1, dim)."""
         x = self.ln_k(x)
-        query = self.ln_q(self.query).expand(len(x), -1, -1)
+        query = self.ln_q(self.query).expand(x.shape[0], -1, -1)
         pooled: Tensor = self.attn(query, x, x, need_weights=False)[0]
         return pooled
 
@@ -172,7 +172,7 @@ class VisionTransformer(nn.Module):
         x = self.ln_post(x)
         if self.map_pool is not None:
             x = self.map_pool.values(x)
-        return self._project(x).reshape(len(x), self.grid, self.grid, self.output_dim)
+        return self._project(x).reshape(x.shape[0], self.grid, self.grid, self.output_dim)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """See :meth:`Transformer.set_grad_checkpointing`."""
@@ -212,10 +212,10 @@ class VisionTransformer(nn.Module):
         else:  # adapted: its weights alone are not what it does
             x = self.conv1(pixels).flatten(2).transpose(1, 2)
         if self.class_embedding is not None:
-            x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
+            x = torch.cat([self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
         x = x + self.positional_embedding
         if self.registers is not None:
-            between = self.registers.to(x.dtype).expand(len(x), -1, -1)
+            between = self.registers.to(x.dtype).expand(x.shape[0], -1, -1)
             first = self.first_patch - len(self.registers)
             x = torch.cat([x[:, :first], between, x[:, first:]], dim=1)
         embedded: Tensor = self.ln_pre(x)
