@@ -171,7 +171,8 @@ class PairingConfig:
         prompts: Class -> sentences, for the arms ``prompt_text`` and ``label_leak``. Empty: ``prompt`` with the class
             name.
         prompt: Sentence with the hole ``{class}``.
-        overlap_tokens: Reports longer than the context are cut into chunks that overlap by so many tokens.
+        overlap_tokens: Reports longer than the context are cut into chunks that overlap by so many tokens; None: an eighth of
+            the room.
     """
 
     pairs: str | None = None
@@ -189,7 +190,7 @@ class PairingConfig:
     phantom_reports: int = 600
     prompts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     prompt: str = "an H&E image of {class}"
-    overlap_tokens: int = 16
+    overlap_tokens: int | None = None
 
     def __post_init__(self) -> None:
         _check(self.top_k >= 1, "pairing.top_k", f"must be at least 1, got {self.top_k}")
