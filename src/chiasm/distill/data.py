@@ -25,7 +25,7 @@ from chiasm.datasets.columns import Columns, is_missing
 from chiasm.datasets.named import dataset_facts, split_source
 from chiasm.datasets.sources import open_dataset
 from chiasm.distill.recipe import DistillData
-from chiasm.errors import ConfigError, InputError, UnknownName
+from chiasm.errors import ConfigError, InputError, LeakageError, UnknownName
 from chiasm.io.manifest import Rejected, RejectLog, count_reasons, summarize_rejected
 from chiasm.progress import Progress, SilentProgress
 from chiasm.train.pairs import PairTable, draw_phantoms, drop_leaks
@@ -62,6 +62,7 @@ class LabelledImages:
         left_out: Reason -> rows without a class.
         cautions: What a reader of a result must know about the source.
         tissue: Keyword for reports of the same tissue, where the source states it.
+        needs_groups: Whether the source has several images of one thing, which a split by image would tear apart.
     """
 
     name: str
@@ -75,6 +76,7 @@ class LabelledImages:
     left_out: Mapping[str, int] = field(default_factory=dict)
     cautions: tuple[str, ...] = ()
     tissue: str | None = None
+    needs_groups: bool = False
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -142,6 +144,7 @@ def open_images(data: DistillData, *, progress: Progress | None = None, cache: P
         name, label, classes, table, labels, prompts, are_sentences, log.items,
         {reason: n for reason, n in left_out.items() if n},
         () if facts is None else facts.cautions, None if facts is None else facts.tissue,
+        facts is not None and facts.needs_groups,
     )  # fmt: skip
 
 
@@ -273,7 +276,8 @@ def divide(images: LabelledImages, data: DistillData, *, seed: int, cache: Path 
 
     Raises:
         InputError: A side is empty, a class is missing in training, or there are too few groups.
-        LeakageError: Groups or near-identical images lie on both sides of a split.
+        LeakageError: Groups or near-identical images lie on both sides of a split, or the source needs groups to be
+            split by and has none.
     """
     sides, rules = _sides(images, data, seed)
     compare = data.near_duplicates and images.table.arrays is None
@@ -345,6 +349,11 @@ def _held_out(
 ) -> tuple[list[int], list[int]]:
     """Return the rows that stay and those of the groups that are held out."""
     groups = [images.table.samples[r].group for r in rows]
+    if images.needs_groups and any(images.table.samples[r].patient is None for r in rows):
+        raise LeakageError(
+            f"`{images.name}` has many images of one tile, and nothing says which: `{what}` would tear tiles apart",
+            hint="put the table of its tiles into its folder; `lc25000_image_groups.csv` of LC25000-clean is one",
+        )
     if len(set(groups)) < 2:
         raise InputError(f"`{what}` cannot hold out anything: the images belong to {len(set(groups))} group")
     names = split_by_group(
