@@ -131,6 +131,28 @@ def test_test_sets_of_their_own(scores):
     assert found.digests != scores.digests
 
 
+class Heard:
+    """Writes down what it is told."""
+
+    def __init__(self):
+        self.told = []
+
+    def start(self, total, description):
+        self.told.append(total)
+
+    def advance(self, n=1, **fields):
+        self.told.append("+")
+
+    def finish(self):
+        self.told.append("done")
+
+
+def test_resampling_tells_its_progress():
+    heard = Heard()
+    score_arms(make_arms({"unimodal": 0}, seeds=2, n=20), n_resamples=5, progress=heard)
+    assert heard.told == [len(STATISTICS), *"+" * len(STATISTICS), "done"]
+
+
 def test_one_seed(scores):
     found = score_arms(make_arms(seeds=1), n_resamples=20)
     values = found.to_dict()

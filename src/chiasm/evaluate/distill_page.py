@@ -85,7 +85,7 @@ READING = (
      "shares of the classes."),
     ("seed", "One training from start to end, with its own random numbers. Two arms are compared seed by seed, because a "
      "seed shares order of images and held-out part between arms."),
-    ("interval over seeds", "Where the mean would lie if one trained again and again on the same data (t interval)."),
+    ("interval over seeds", "Where the mean would lie if everything were done again with many other seeds (t interval)."),
     ("seeds and patients", "Where it would lie with other patients in the test set as well: both are drawn anew together. It is "
      "the one to believe about other patients of the same kind."),
     ("p, corrected", "How often a difference at least this large would be seen if there were none; corrected by Holm's method "
@@ -273,7 +273,7 @@ def _calibration(scores: ControlScores) -> Section:
     return Section(
         "Can the probabilities be believed?",
         "If a classifier is 80 % sure, 80 % of such answers should be right: then points lie on the dashed diagonal. Below it, "
-        "the classifier is too sure. In the table lower is better.",
+        "the classifier is too sure; above it, it could be surer. In the table lower is better.",
         (
             Figure(
                 reliability_panels(curves),

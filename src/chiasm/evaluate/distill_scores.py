@@ -47,6 +47,7 @@ from chiasm.metrics.weighted import (
     macro_f1_statistic,
     multiclass_auroc_statistic,
 )
+from chiasm.progress import Progress, SilentProgress
 from chiasm.types import Interval
 
 __all__ = [
@@ -266,6 +267,7 @@ def score_arms(
     comparisons: Sequence[tuple[str, str]] = COMPARISONS,
     n_resamples: int = 1000,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> ControlScores:
     """Score all arms and compare them.
 
@@ -276,6 +278,8 @@ def score_arms(
         comparisons: Pairs (more, less) of arms; those with an absent arm are skipped.
         n_resamples: Of the joint intervals.
         seed: Of the resampling.
+        progress: Told of each number that is resampled: seconds for thousands of test samples, minutes for tens of
+            thousands.
 
     Returns:
         Scores, differences and verdict.
@@ -302,9 +306,13 @@ def score_arms(
     draws: dict[str, JointDraws] = {}
     if same:
         groups = tests[seeds[0]].groups
+        progress = progress or SilentProgress()
+        progress.start(len(STATISTICS), "resampling patients and seeds")
         for metric, arms in statistics.items():
             rows = [[found.get(s) for s in seeds] for found in arms.values()]
             draws[metric] = joint_draws(rows, groups, n_resamples=n_resamples, seed=seed, level=level)
+            progress.advance()
+        progress.finish()
     names = list(by_arm)
     chances = _chances(list(tests.values()))
     scored = {
