@@ -235,10 +235,10 @@ def test_auto_keeps_what_is_matched_and_drops_what_shows_nothing(make: Make) -> 
     nothing = rng.normal(size=(100, 32))
     chunks = make(text, "text")
     found = pair(make(np.vstack([shown, nothing])), chunks, report_of=range(60), min_similarity="auto")
-    assert found.paired[:300].mean() > 0.75
-    assert found.paired[300:].mean() < 0.1
+    assert found.paired[:300].mean() > 0.95
+    assert found.paired[300:].mean() < 0.25
     noise = pair(make(rng.normal(size=(400, 32))), chunks, report_of=range(60), min_similarity="auto")
-    assert noise.paired.mean() < 0.15  # 5 % is meant
+    assert 0.35 < noise.paired.mean() < 0.65  # a half is meant
     assert noise.min_similarity is not None
     null = null_similarity(make(rng.normal(size=(400, 32))), chunks, report_of=range(60), block=7)
     assert null.shape == (400,)

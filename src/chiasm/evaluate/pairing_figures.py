@@ -46,7 +46,8 @@ def distributions(
         axes.set_xlabel(xlabel)
         axes.set_ylabel("share of images")
         axes.set_ylim(0, axes.get_ylim()[1] * (1.16 + 0.1 * (len(known) + (line is not None))))
-        axes.legend(fontsize=9, loc="upper left")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=9, loc="upper left")
 
     return draw(6.2, 3.6, paint)
 
@@ -71,4 +72,4 @@ def load_curve(loads: NDArray[np.int64], random_loads: NDArray[np.int64] | None 
                 fontsize=9,
             )  # fmt: skip
 
-    return draw(6.2, 3.6, paint)
+    return draw(10.4, 3.0, paint)

@@ -72,8 +72,8 @@ def pairing_page(
     sections.append(_go_on(folder))
     return Page(
         title="Images and their reports",
-        subtitle=f"{scores.images:,} images looked for the nearest of {scores.distinct_reports:,} reports that belong to "
-        "other patients. Nothing but the similarity of image and text decided; no label was read.",
+        subtitle=f"{scores.images:,} images that came without a report, each beside the nearest of {scores.distinct_reports:,} "
+        "reports of a corpus. Nothing but the similarity of image and text decided; no label was read.",
         key_numbers=_key_numbers(scores),
         sections=tuple(sections),
         footer=(
@@ -108,7 +108,7 @@ def _key_numbers(scores: PairingScores) -> tuple[KeyNumber, ...]:
     if scores.audit is not None:
         nmi = scores.audit.pairs.nmi
         found.append(
-            KeyNumber(f"agreement with `{scores.audit.column}`", _plain(nmi.value, nmi.n, nmi.chance), "audit only")
+            KeyNumber(f"agreement with “{scores.audit.column}”", _plain(nmi.value, nmi.n, nmi.chance), "audit only")
         )
     return tuple(k for k in found if math.isfinite(k.interval.value))
 
@@ -121,7 +121,7 @@ def _made_of(run: PairingRun, scores: PairingScores) -> Section:
         left_out = scores.images - scores.paired
         why = {
             "given": "as asked for",
-            "auto": "95 % of images without content stay below it: the same image vectors with the signs of their "
+            "auto": "what the median image without content reaches: the same image vectors with the signs of their "
             "principal components drawn at random",
         }[header.min_similarity_rule]
         least = (
@@ -133,9 +133,13 @@ def _made_of(run: PairingRun, scores: PairingScores) -> Section:
         (
             "corpus",
             f"{header.corpus}: {scores.reports:,} reports"
-            + (f", of which {repeated:,} repeat the text of another and were passed over" if repeated else ""),
+            + (f"; {repeated:,} with the text of an earlier one, passed over" if repeated else ""),
         ),
-        *((f"filter: {f.what}", f"{f.kept:,} kept, {f.dropped:,} dropped") for f in run.corpus.filters),
+        *(
+            (f"filter: {f.what.replace('`', '')}", f"{f.kept:,} kept, {f.dropped:,} dropped")
+            for f in run.corpus.filters
+        ),
+        ("patients on both sides", _shared(scores.shared_patients)),
         (
             "long reports",
             f"{scores.long_reports:,} are longer than the {header.chunking.get('context_length')} tokens of the text side "
@@ -165,6 +169,14 @@ def _similarity(scores: PairingScores) -> Section:
             ("lead over the second", scores.margin),
         )
     )
+    leads: tuple[Block, ...] = ()
+    if np.isfinite(scores.margin).any():  # a corpus of one report has no second
+        leads = (
+            Figure(
+                distributions({"lead": scores.margin}, xlabel="similarity of the best report less that of the second"),
+                "Near 0 the choice between the first two reports is a matter of chance.",
+            ),
+        )
     return Section(
         "How near is the nearest report",
         "A similarity says little by itself; how far it lies from that of a report chosen at random says more. A small "
@@ -178,10 +190,7 @@ def _similarity(scores: PairingScores) -> Section:
                 ),
                 "Where the two curves lie on each other, pairing has chosen nothing.",
             ),
-            Figure(
-                distributions({"lead": scores.margin}, xlabel="similarity of the best report less that of the second"),
-                "Near 0 the choice between the first two reports is a matter of chance.",
-            ),
+            *leads,
             Table(("", *(f"{int(c[1:])} %" for c in columns)), rows, "Quantiles over images."),
         ),
     )
@@ -197,9 +206,13 @@ def _sharing(scores: PairingScores) -> Section:
     return Section(
         "How many images share a report",
         "In a space of many dimensions some texts are near to everything. Such hubs give many images the same report, and "
-        "a classifier learns little from them; `--correction csls` takes images from them.",
+        "a classifier learns little from them; the option --correction csls takes images from them.",
         (
-            Figure(load_curve(scores.loads), "Each step is one report; the area is the number of images."),
+            Figure(
+                load_curve(scores.loads, scores.random_loads),
+                "Each step is one report; the area is the number of images.",
+                wide=True,
+            ),
             Table(
                 ("", "pairs", "at random", ""),
                 (
@@ -224,11 +237,12 @@ def _control(scores: PairingScores) -> Section:
     ]
     if scores.audit is not None:
         a, b = scores.audit.pairs, scores.audit.shuffled
-        rows.append((f"agreement with `{scores.audit.column}` beyond chance", _number(a.adjusted), _number(b.adjusted)))
+        rows.append((f"agreement with “{scores.audit.column}” beyond chance", _number(a.adjusted), _number(b.adjusted)))
     return Section(
         "Control: the same reports, shuffled",
         "The chosen reports are dealt out to the images again at random, so that every report keeps its number of images. "
-        "What shuffled reports have too was not found by pairing. `chiasm distill --controls` trains on them as well.",
+        "What shuffled reports have too was not found by pairing. The command chiasm distill --controls trains on them as "
+        "well.",
         (Table(("", "pairs", "shuffled"), tuple(rows)),),
     )
 
@@ -240,9 +254,9 @@ def _audit(audit: Audit) -> Section:
     one, other = audit.pairs, audit.shuffled
     known = "" if one.permuted == "images" else " Labels were permuted by patient, not by image."
     verdict = (
-        f"Reports tell something about `{audit.column}`: more than all but a share {one.p_value:.3f} of permutations."
+        f"Reports tell something about “{audit.column}”: p = {one.p_value:.3f} against permuted labels."
         if one.p_value < 0.05
-        else f"Reports tell nothing about `{audit.column}` that chance would not (p = {one.p_value:.3f})."
+        else f"Reports tell nothing about “{audit.column}” that chance would not: p = {one.p_value:.3f}."
     )
     return Section(
         f"Audit: do the reports agree with {audit.column}",
@@ -277,13 +291,13 @@ def _examples(run: PairingRun, samples: Sequence[Sample], count: int) -> Section
     blocks: tuple[Block, ...] = (
         Note(
             "These are pictures and texts of patients. Keep this page where patient data may lie, or make it again with "
-            "`--examples 0`.",
+            "the option --examples 0.",
             "warning",
         ),
         Excerpts(
             tuple(rows),
-            "The chunk of the report that is nearest to the image is marked. The report is about another patient: what it "
-            "names need not be in the image.",
+            "The chunk of the report that is nearest to the image is marked. The report was not written about this "
+            "image: what it names need not be there.",
         ),
     )
     return Section(
@@ -315,10 +329,16 @@ def _excerpt(run: PairingRun, row: int, sample: Sample | None) -> Excerpt | None
             + (f", one of {pieces} chunks marked" if pieces > 1 else "")
             + (f", {report.tissue}" if report.tissue else ""),
         ),
-        ("… " if len(before) > CONTEXT_LETTERS else "") + before[-CONTEXT_LETTERS:],
+        before if len(before) <= CONTEXT_LETTERS else "… " + before[-CONTEXT_LETTERS:].partition(" ")[2],
         piece.text,
-        after[:CONTEXT_LETTERS] + (" …" if len(after) > CONTEXT_LETTERS else ""),
+        after if len(after) <= CONTEXT_LETTERS else after[:CONTEXT_LETTERS].rpartition(" ")[0] + " …",
     )
+
+
+def _shared(count: int | None) -> str:
+    if count is None:
+        return "unknown: images or reports do not say whose they are"
+    return f"{count:,}: some reports may be the images' own" if count else "none"
 
 
 def _go_on(folder: str) -> Section:
@@ -330,7 +350,7 @@ def _go_on(folder: str) -> Section:
                 "from chiasm.io.pairs import load_pairs\n\n"
                 f'pairs = load_pairs("{folder}", corpus_digest=..., space=...)\n'
                 "targets, similarity, mask = pairs.targets(image_ids, top_k=1)",
-                "Text vectors as targets; `chiasm distill` uses them the same way.",
+                "Text vectors as targets; the command chiasm distill uses them the same way.",
             ),
         ),
     )

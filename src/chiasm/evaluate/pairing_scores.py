@@ -59,10 +59,12 @@ class PairingScores:
             random; NaN for images without a report.
         margin: float32, (images,).
         loads: int64, (distinct reports,): images whose best report it is.
+        random_loads: The same when each paired image draws a report at random.
         hubness: Of ``loads``.
-        random_hubness: The same when each paired image draws a report at random.
+        random_hubness: Of ``random_loads``.
         nearer_than_random: Share of paired images whose report is nearer than the one dealt out at random; ½ by chance.
         min_similarity: What a pair had to reach; None: nothing.
+        shared_patients: Patients that have an image and a report; None where one side does not name patients.
         audit: None unless labels were given.
     """
 
@@ -77,10 +79,12 @@ class PairingScores:
     random_similarity: NDArray[np.float32]
     margin: NDArray[np.float32]
     loads: NDArray[np.int64]
+    random_loads: NDArray[np.int64]
     hubness: Hubness
     random_hubness: Hubness
     nearer_than_random: float
     min_similarity: float | None
+    shared_patients: int | None = None
     audit: Audit | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -101,6 +105,7 @@ class PairingScores:
             "margin": _known(quantiles(self.margin)),
             "hubness": self.hubness.to_dict(),
             "random_hubness": self.random_hubness.to_dict(),
+            "shared_patients": self.shared_patients,
             "audit": None if self.audit is None else self.audit.to_dict(),
         }
 
@@ -117,7 +122,7 @@ def score_pairing(
 
     Args:
         run: From :func:`chiasm.pairing.pair_reports`.
-        samples: The images with their labels and patients; used for the audit only.
+        samples: The images with their labels and patients; used for the audit and to count shared patients.
         audit_label: Column of labels to compare with.
         seed: Of what is dealt out at random and of the null.
         permutations: Of the null.
@@ -133,7 +138,7 @@ def score_pairing(
     distinct, first = np.unique(run.report_of, return_inverse=True)
     loads = count_images(pairing.report_rows[:, 0], len(run.corpus))[distinct]
     paired = int(pairing.paired.sum())
-    drawn = np.random.default_rng(seed).integers(0, len(distinct), paired)
+    random_loads = count_images(np.random.default_rng(seed).integers(0, len(distinct), paired), len(distinct))
     own = pairing.similarity[:, 0][pairing.paired]
     other = random_similarity[pairing.paired]
     nearer = float(((own > other) + 0.5 * (own == other)).mean()) if paired else math.nan
@@ -157,12 +162,20 @@ def score_pairing(
         random_similarity=random_similarity,
         margin=pairing.margin,
         loads=loads,
+        random_loads=random_loads,
         hubness=hubness(loads),
-        random_hubness=hubness(count_images(drawn, len(distinct))),
+        random_hubness=hubness(random_loads),
         nearer_than_random=nearer,
         min_similarity=pairing.min_similarity,
+        shared_patients=_shared_patients(run, samples),
         audit=audit,
     )
+
+
+def _shared_patients(run: PairingRun, samples: Sequence[Sample]) -> int | None:
+    of_images = {s.patient for s in samples if s.patient is not None}
+    of_reports = {r.patient for r in run.corpus if r.patient is not None}
+    return len(of_images & of_reports) if of_images and of_reports else None
 
 
 def _labels(samples: Sequence[Sample], ids: Sequence[str], column: str) -> tuple[list[LabelValue], list[Hashable]]:

@@ -30,7 +30,7 @@ BLOCK_ROWS = 16_384
 #: Nearest images of a report that CSLS looks at.
 NEIGHBOURS = 10
 #: ``auto``: a pair must beat this share of the best similarities of images without content.
-AUTO_QUANTILE = 0.95
+AUTO_QUANTILE = 0.5
 #: ``auto``: images whose coordinates are drawn from; fewer than the least say nothing about a quantile.
 AUTO_IMAGES = 2_048
 AUTO_LEAST_IMAGES = 40
@@ -90,7 +90,8 @@ def pair(
         k: Reports an image; rows are filled with -1 when there are fewer.
         aggregate: Similarity of a report from those of its chunks: ``max`` the best chunk (a report says something that
             the image shows), ``mean`` all chunks, ``top_mean`` the best three.
-        min_similarity: What the uncorrected similarity of a pair must reach. ``auto``: see :func:`null_similarity`.
+        min_similarity: What the uncorrected similarity of a pair must reach. ``auto``: the median
+            of :func:`null_similarity`.
         correction: Against hubs, reports that are near to everything. ``csls``: less half the mean similarity of the
             report with its ten nearest images. ``inverted_softmax``: less log-mean-exp of its similarities with all
             images at the logit scale. It changes the choice and the margin, never the similarity that is returned.
@@ -197,8 +198,10 @@ def null_similarity(
     Vectors of up to 2,048 images are taken apart into their principal components, every coordinate gets a random sign,
     and the parts are put together again: mean and covariance of the images stay (so does the distance between images
     and texts as such), what an image shows is gone. Their best similarities say what the best of so many reports
-    reaches by chance. ``min_similarity="auto"`` is their 95 % quantile, rounded to four digits: at most about one image
-    in twenty that shows nothing is paired. No label is used.
+    reaches by chance. ``min_similarity="auto"`` is their median, rounded to four digits: an image whose nearest report
+    is no nearer than that of a middling image without content stays without a report. Half of such images would still
+    get one; a higher quantile costs most pairs where a corpus is small beside what images can show, and a high
+    similarity does not make a pair right. No label is used.
 
     Returns:
         float32, one per drawn image.
