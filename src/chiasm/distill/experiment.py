@@ -114,6 +114,7 @@ class Experiment:
         self.cache = cache
         self.progress = progress
         self.features = cache / "features"
+        chosen_augment(recipe.backbone)  # a typo is told before anything is read
 
     @property
     def is_synthetic(self) -> bool:

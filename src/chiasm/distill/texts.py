@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from chiasm.data.chunks import chunk_reports, describe_chunking
-from chiasm.datasets.reports import ReportCorpus, read_reports
+from chiasm.datasets.report_sources import open_reports
+from chiasm.datasets.reports import ReportCorpus
 from chiasm.distill.backbone import Backbone, ImagePool
 from chiasm.distill.data import LabelledImages
 from chiasm.distill.recipe import DistillRecipe, PairingConfig
@@ -209,7 +210,7 @@ def open_corpus(recipe: DistillRecipe, *, progress: Progress | None = None) -> R
             raise ConfigError(
                 f"unknown field `pairing.columns.{min(unknown)}`", hint="known: text, id, tissue, patient"
             )
-        return read_reports(
+        return open_reports(
             expand_path(pairing.reports, "pairing.reports"),
             text=columns.get("text"), id=columns.get("id"), patient=columns.get("patient"),
             tissue_column=columns.get("tissue"), tissue=pairing.tissue,
