@@ -138,7 +138,12 @@ def recipe_text(model: str, ds: str) -> str:
 
 
 def _what_differs(ds: str) -> str:
-    held = " BACH has no validation split: a tenth of the training images is held out." if ds == "bach" else ""
+    held = (
+        " BACH has no validation split: a tenth of the training images is held out. One epoch, the script's default, is 4 "
+        "steps here: raise `fuse.epochs` for a fair try."
+        if ds == "bach"
+        else ""
+    )
     return (
         "Ranks and scale are those of the README's command (16 and 4), the rest the script's defaults; which of them the "
         "published runs had is not known. The text tower is locked, the cross-entropy takes logits, and reports are read "

@@ -264,3 +264,14 @@ def test_a_recipe_loads_and_states_what_was_published(row: dict[str, str]) -> No
 def test_recipes_are_what_the_tool_writes() -> None:
     for path, text in pages().files().items():
         assert path.read_text(encoding="utf-8") == text, "run tools/make_clip_it_pages.py"
+
+
+def test_the_comparison_with_the_reference_names_files_that_exist() -> None:
+    text = (ROOT / "docs" / "reference" / "clip-it-vs-reference.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:src|examples|recipes)/[\w./-]+)`", text))
+    assert len(named) > 25
+    assert not [name for name in named if not (ROOT / name).exists()]
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert len(rows) > 50
+    assert {row.replace("\\|", "").count("|") for row in rows} == {5}
+    assert "[?]" not in text
