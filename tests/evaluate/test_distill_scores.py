@@ -13,6 +13,7 @@ from sklearn import metrics as sk
 from chiasm.errors import InputError
 from chiasm.evaluate.distill_scores import COMPARISONS, STATISTICS, score_arms
 from chiasm.metrics.bootstrap import holm
+from chiasm.metrics.calibration import reliability_curve
 from chiasm.metrics.classification import MissingClassWarning
 from chiasm.metrics.paired import ArmPredictions, mcnemar_exact
 
@@ -103,6 +104,20 @@ def test_differences_are_paired_over_seeds_and_corrected_in_two_families(scores)
     assert scores.mcnemar["clip_it-lambda0"][2] == mcnemar_exact(a.predicted == a.truth, b.predicted == b.truth).p
 
 
+def test_intervals_of_rates_end_at_their_range():
+    made = []
+    for s, right in enumerate((1.0, 1.0, 0.6)):
+        truth = np.arange(20) % 2
+        hit = np.where(np.arange(20) < 20 * right, truth, 1 - truth)
+        p = np.eye(2)[hit] * 0.98 + 0.01
+        made.append(ArmPredictions("unimodal", s, tuple(map(str, range(20))), tuple("abcdefghij" * 2), truth, p))
+    numbers = score_arms(made, n_resamples=5).arms["unimodal"].numbers
+    assert numbers["balanced_accuracy"].high == 1.0
+    assert numbers["balanced_accuracy"].low < 0.6
+    assert (numbers["ece"].low, numbers["brier"].low, numbers["log_loss"].low) == (0.0, 0.0, 0.0)
+    assert numbers["log_loss"].high > 1.0
+
+
 def test_order_of_predictions_does_not_matter(scores):
     made = make_arms()
     again = score_arms([m for arm in GAINS for m in reversed(made) if m.arm == arm], n_resamples=60)
@@ -129,6 +144,16 @@ def test_test_sets_of_their_own(scores):
     assert any("test set of its own" in note for note in found.notes)
     assert found.to_dict()["n_resamples"] == 0
     assert found.digests != scores.digests
+    # "patient-3" of one seed is not "patient-3" of another.
+    made = [m for m in make_arms(shared=False, seeds=4) if m.arm == "clip_it"]
+    expected = reliability_curve(
+        np.concatenate([m.truth for m in made]),
+        np.concatenate([m.probabilities for m in made]),
+        groups=[(m.seed, g) for m in made for g in m.groups],
+        n_resamples=200,
+    )
+    assert found.arms["clip_it"].reliability.accuracy == expected.accuracy
+    assert found.arms["clip_it"].reliability.low == expected.low
 
 
 class Heard:

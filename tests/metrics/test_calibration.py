@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sklearn import metrics as sk
 
 from chiasm.errors import InputError
-from chiasm.metrics.bootstrap import bootstrap_interval
+from chiasm.metrics.bootstrap import bootstrap_interval, weighted_interval
 from chiasm.metrics.calibration import (
     brier_score,
     brier_score_interval,
@@ -24,6 +24,7 @@ from chiasm.metrics.calibration import (
     log_loss_statistic,
     reliability_curve,
 )
+from chiasm.metrics.weighted import accuracy_statistic
 
 laws = settings(max_examples=25, deadline=None)
 
@@ -109,6 +110,8 @@ def test_one_bin_is_the_gap_of_the_means():
 def test_equal_mass_bins_hold_equal_numbers_and_keep_ties_together():
     truth, probabilities = some_rows(4, n=100)
     assert reliability_curve(truth, probabilities, bins=5, binning="mass").count == (20,) * 5
+    uneven = np.column_stack([np.linspace(0.6, 0.9, 7), np.linspace(0.4, 0.1, 7)])
+    assert reliability_curve([0] * 7, uneven, bins=3).count == (3, 2, 2)
     tied = np.tile([0.7, 0.2, 0.1], (10, 1))
     curve = reliability_curve([0] * 7 + [1] * 3, tied, bins=5, binning="mass")
     assert curve.count == (10,)
@@ -176,6 +179,11 @@ def test_reliability_curve_with_and_without_patients():
     assert sum(curve.count) == 400
     assert list(curve.confidence) == sorted(curve.confidence)
     assert all(lo <= a <= hi for lo, a, hi in zip(curve.low, curve.accuracy, curve.high, strict=True))
+    one_bin = reliability_curve(truth, probabilities, groups=np.arange(400) // 2, bins=1, n_resamples=200, seed=3)
+    share = weighted_interval(
+        accuracy_statistic(truth, probabilities.argmax(1)), np.arange(400) // 2, n_resamples=200, seed=3
+    )
+    assert (one_bin.low[0], one_bin.high[0]) == pytest.approx((share.low, share.high))
     bare = reliability_curve(truth, probabilities)
     assert bare.accuracy == curve.accuracy
     assert np.isnan(bare.low).all()

@@ -257,6 +257,7 @@ def test_a_missing_class_gives_nan_and_a_warning_no_crash():
         assert math.isnan(multiclass_auroc([1, 1], [0.3, 0.4]))
     with pytest.warns(MissingClassWarning):
         assert math.isnan(multiclass_auroc([None, None], [0.3, 0.4]))
+    assert np.isnan(multiclass_auroc_statistic([0, 1, 1, None], probabilities)(np.ones((2, 4)))).all()
     # A resample that lost a class averages the others.
     statistic = multiclass_auroc_statistic([0, 1, 2, 2], np.eye(3)[[0, 1, 2, 2]])
     assert statistic(np.array([[1.0, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])).tolist()[:2] == [1.0, 1.0]
