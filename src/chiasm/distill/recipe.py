@@ -322,6 +322,9 @@ class FuseConfig(StageConfig):
         kd_temperature: Of ``logit``.
         kd_warmup_steps: Steps before the stage in which ``h_d`` alone learns from the text.
         warm_start_text: Start ``h_t`` from the text stage's head (never in arms without text).
+        fusion_start: Where ``W`` starts: ``mean``: at the mean of the classifiers that earlier stages trained (``h_v``,
+            and ``h_t`` where it is warm-started), so that every arm starts from the unimodal classifier; ``random``: as
+            the reference, which a control that cannot find its way back pays for.
         lock_vision_head: Keep ``h_v`` as the unimodal stage left it.
         text_lora: Adapt the text tower, too; its classification loss then anchors the targets, and a collapse stops
             the run.
@@ -335,6 +338,7 @@ class FuseConfig(StageConfig):
     kd_temperature: float = 1.0
     kd_warmup_steps: int = 0
     warm_start_text: bool = True
+    fusion_start: Literal["mean", "random"] = "mean"
     lock_vision_head: bool = False
     text_lora: LoraConfig | None = None
     text_anchor: float = 1.0

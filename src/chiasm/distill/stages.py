@@ -228,7 +228,7 @@ def run_fuse(
     ])  # fmt: skip
 
     def make() -> tuple[Task, Student]:
-        modules = _started(make_heads(heads, seed), unimodal, start)
+        modules = _started(make_heads(heads, seed), unimodal, start, at_mean=config.fusion_start == "mean")
         if arm.fused and config.lock_vision_head:
             modules.vision.requires_grad_(False)
         student = Student(modules) if base is None else Student.adapted(modules, base, lora=lora, seed=seed)
@@ -330,13 +330,15 @@ def _fuse_options(config: FuseConfig, *, taught: bool, fused: bool) -> dict[str,
     """Return what counts for an arm: λ changes nothing where there is no text."""
     values = _options(config)
     if not taught:
-        shared = {f.name for f in fields(StageConfig)} | ({"lock_vision_head"} if fused else set())
+        shared = {f.name for f in fields(StageConfig)} | ({"lock_vision_head", "fusion_start"} if fused else set())
         values = {n: v for n, v in values.items() if n in shared}
     return values
 
 
-def _started(heads: DistilledHeads, unimodal: StageResult, text: StageResult | None) -> DistilledHeads:
-    """Put the earlier stages' weights into freshly drawn heads."""
+def _started(
+    heads: DistilledHeads, unimodal: StageResult, text: StageResult | None, *, at_mean: bool
+) -> DistilledHeads:
+    """Put the earlier stages' weights into freshly drawn heads, and let ``W`` start at the mean of what they trained."""
     state = {n: t for n, t in unimodal.state.items() if n.startswith(("heads.vision.", "heads.norm."))}
     if text is not None:
         state |= {n: t for n, t in text.state.items() if n.startswith("heads.text.")}
@@ -346,6 +348,12 @@ def _started(heads: DistilledHeads, unimodal: StageResult, text: StageResult | N
         if name not in own or own[name].shape != tensor.shape:
             raise CheckpointError(f"the weights of an earlier stage do not fit the heads: `{name}`")
         own[name].copy_(tensor)
+    if at_mean and heads.fusion is not None:
+        classes = heads.config.classes
+        one = torch.eye(classes)
+        shares = [one, torch.zeros_like(one)] if text is None else [one / 2, one / 2]
+        own["fusion.weight"].copy_(torch.cat(shares, dim=1))
+        own["fusion.bias"].zero_()
     return heads
 
 

@@ -86,7 +86,7 @@ def nearest(views: Array, texts: Array) -> NDArray[np.int64]:
 
 
 def _unit(rows: Array) -> Array:
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True))
 
 
 def _redrawn(labels: NDArray[np.int64], config: SyntheticConfig, rng: np.random.Generator) -> NDArray[np.int64]:
