@@ -105,15 +105,22 @@ def _split(member: str) -> tuple[str, int | None]:
 def _array(path: Path, key: str) -> Any:
     """Return the handle of an array that lies in this very file."""
     try:
-        import h5py
+        import h5py  # noqa: F401
     except ImportError as error:
         raise MissingExtra("h5py", "data") from error
     try:
         state = path.stat()
     except OSError:
         raise InputError(f"`{path.name}` does not exist") from None
+    return _open(path, key, state.st_mtime_ns, state.st_size, os.getpid())
+
+
+@lru_cache(maxsize=16)  # an array's decompressed chunks are remembered as long as its handle lives
+def _open(path: Path, key: str, modified_ns: int, size: int, process: int) -> Any:
+    import h5py
+
     try:
-        file = _open(path, state.st_mtime_ns, state.st_size, os.getpid())
+        file = h5py.File(path, "r", rdcc_nbytes=_CHUNK_CACHE_BYTES)
         plain = bool(key) and isinstance(file.get(key, getlink=True), h5py.HardLink)
         found = file[key] if plain else None
         if isinstance(found, h5py.Dataset) and found.ndim and not found.is_virtual and not found.external:
@@ -126,10 +133,3 @@ def _array(path: Path, key: str) -> Any:
         ) from error
     shown = ", ".join(f"`{name}`" for name in names) or "nothing"
     raise FileFormatError(f"`{path.name}` has no array `{key}`; it holds {shown}")
-
-
-@lru_cache(maxsize=16)
-def _open(path: Path, modified_ns: int, size: int, process: int) -> Any:
-    import h5py
-
-    return h5py.File(path, "r", rdcc_nbytes=_CHUNK_CACHE_BYTES)
