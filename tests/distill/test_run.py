@@ -135,6 +135,8 @@ def files_recipe(phantom_recipe, phantom_table, tmp_path):
         pairing={
             "reports": str(folder / "reports.txt"),
             "overlap_tokens": 4,
+            "top_k": 3,
+            "temperature": 0.1,
             "prompts": {"0": ("benign",), "1": ("a tumour",)},
         },
     )
@@ -191,6 +193,7 @@ def test_pairs_are_blind_to_labels_and_pairs_on_disk_are_the_same(files_recipe, 
         r["tumour"] = str(1 - int(r["tumour"]))
     write(folder, rows)
     flipped = Experiment(recipe, cache=tmp_path / "b").prepare(0)
+    assert len(np.unique(first.sources.given["pairs"].train, axis=0)) > 5, "images have targets of their own"
     assert first.sources.given["pairs"].digest == flipped.sources.given["pairs"].digest
     assert first.sources.given["prompts"].digest == flipped.sources.given["prompts"].digest
     assert first.sources.given["label"].digest != flipped.sources.given["label"].digest
@@ -199,6 +202,7 @@ def test_pairs_are_blind_to_labels_and_pairs_on_disk_are_the_same(files_recipe, 
     made = pair_reports(
         load(recipe.pairing.encoder), experiment.images.table.samples, read_reports(folder / "reports.txt"),
         overlap_tokens=4,
+        k=3,
     )  # fmt: skip
     save_pairs(tmp_path / "pairs", made.pairs)
     kept = replace(recipe, pairing=replace(recipe.pairing, reports=None, pairs=str(tmp_path / "pairs")))
