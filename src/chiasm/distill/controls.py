@@ -148,7 +148,6 @@ def run_arm_once(runner: ArmRunner, arm: Arm, folder: RunFolder) -> ArmPredictio
         "steps": result.final.steps,
         "best_step": result.final.best_step,
         "validation": dict(result.final.metrics),
-        "metrics": {name: value.to_dict() for name, value in score(answers).items()},
     }
     write_json_atomic(place / "arm.json", record)  # last: it says that the answers beside it are whole
     return answers
