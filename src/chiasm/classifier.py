@@ -9,7 +9,7 @@ of transformers or has adapters of peft that were not merged.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,7 @@ __all__ = [
     "find_classifier",
     "is_classifier",
     "load_classifier",
+    "predict_images",
     "save_classifier",
 ]
 
@@ -156,7 +157,8 @@ class VisionClassifier(nn.Module):
             )
         self.eval()
         with torch.inference_mode():
-            return self(batch.to(self.device, torch.float32))
+            found: Tensor = self(batch.to(self.device, torch.float32))
+        return found
 
     def probabilities(self, inputs: Tensor | NDArray[Any]) -> NDArray[np.float64]:
         """Return the softmax of ``logits / temperature``: (batch, classes), float64."""
@@ -191,7 +193,17 @@ class VisionClassifier(nn.Module):
             raise InputError(
                 "this classifier takes images, got an array", hint="give paths, or prepared pixels to `probabilities`"
             )
-        return self._predict_images(list(images), batch_size, workers, rejects, progress)
+        assert self.config is not None
+        return predict_images(
+            images,
+            self.probabilities,
+            classes=self.classes,
+            preprocess=self.config.preprocess,
+            batch_size=batch_size,
+            workers=workers,
+            rejects=rejects,
+            progress=progress,
+        )
 
     def _predict_features(self, features: Any) -> Predictions:
         if not isinstance(features, np.ndarray | Tensor):
@@ -202,40 +214,60 @@ class VisionClassifier(nn.Module):
         found = self.probabilities(features)
         return Predictions(tuple(str(i) for i in range(len(found))), self.classes, found)
 
-    def _predict_images(
-        self, images: list[Any], batch_size: int, workers: int, rejects: RejectLog | None, progress: Progress | None
-    ) -> Predictions:
-        from chiasm.data.loader import Batches
-        from chiasm.data.transforms import image_transform
-        from chiasm.datasets.images import open_sample_image
-        from chiasm.progress import SilentProgress
 
-        assert self.config is not None
-        prepare = image_transform(self.config.preprocess)
-        pictures = {i: x for i, x in enumerate(images) if not isinstance(x, Sample | Path | str)}
-        samples = [_sample(i, x, i in pictures) for i, x in enumerate(images)]
+def predict_images(
+    images: Sequence[Sample | Path | str | Image],
+    score: Callable[[Tensor], NDArray[np.float64]],
+    *,
+    classes: Sequence[str],
+    preprocess: Preprocess,
+    batch_size: int = 32,
+    workers: int = 2,
+    rejects: RejectLog | None = None,
+    progress: Progress | None = None,
+) -> Predictions:
+    """Decode, prepare and score images; see :meth:`VisionClassifier.predict`.
 
-        def read(row: int, _: np.random.Generator) -> Tensor:
-            return prepare(pictures[row] if row in pictures else open_sample_image(samples[row]))
+    Args:
+        images: Samples, paths or Pillow images.
+        score: Prepared pixels (batch, 3, size, size) -> probabilities (batch, classes).
+        classes: Names of the columns.
+        preprocess: How images are prepared.
+        batch_size: Images a call.
+        workers: Threads that decode.
+        rejects: Where unreadable images are noted; None: the first one raises.
+        progress: Told about every batch.
 
-        on_bad: Any = "fail" if rejects is None else "skip"
-        loader = Batches(
-            samples, batch_size=batch_size, load=read, workers=workers, on_bad=on_bad, rejects=rejects
-        )  # fmt: skip
-        bar = progress or SilentProgress()
-        ids: list[str] = []
-        found = [np.zeros((0, len(self.classes)))]
-        bar.start(len(samples), "classifying")
-        try:
-            for batch in loader:
-                found.append(self.probabilities(torch.stack(batch.items)))
-                ids.extend(samples[row].id for row in batch.rows)
-                bar.advance(len(batch.rows))
-        finally:
-            bar.finish()
-        if not ids:
-            raise InputError(f"none of {len(samples)} images can be read", hint="give PNG, JPEG or TIFF files")
-        return Predictions(tuple(ids), self.classes, np.concatenate(found))
+    Raises:
+        InputError: Nothing can be used.
+    """
+    from chiasm.data.loader import Batches
+    from chiasm.data.transforms import image_transform
+    from chiasm.progress import SilentProgress
+
+    prepare = image_transform(preprocess)
+    pictures = {i: x for i, x in enumerate(images) if not isinstance(x, Sample | Path | str)}
+    samples = [_sample(i, x, i in pictures) for i, x in enumerate(images)]
+
+    def read(row: int, _: np.random.Generator) -> Tensor:
+        return prepare(pictures[row] if row in pictures else _open(samples[row]))
+
+    on_bad: Any = "fail" if rejects is None else "skip"
+    loader = Batches(samples, batch_size=batch_size, load=read, workers=workers, on_bad=on_bad, rejects=rejects)
+    bar = progress or SilentProgress()
+    ids: list[str] = []
+    found = [np.zeros((0, len(classes)))]
+    bar.start(len(samples), "classifying")
+    try:
+        for batch in loader:
+            found.append(score(torch.stack(batch.items)))
+            ids.extend(samples[row].id for row in batch.rows)
+            bar.advance(len(batch.rows))
+    finally:
+        bar.finish()
+    if not ids:
+        raise InputError(f"none of {len(samples)} images can be read", hint="give PNG, JPEG or TIFF files")
+    return Predictions(tuple(ids), tuple(classes), np.concatenate(found))
 
 
 def save_classifier(
@@ -279,10 +311,9 @@ def save_classifier(
         InputError: Parts that do not fit together.
         CheckpointError: The files cannot be written; what was there before is intact.
     """
-    if tower is not None and hasattr(tower, "image_side"):
-        tower = tower.image_side()
-        if not projected:
-            tower = _bare(tower)
+    whole: Any = tower
+    if hasattr(whole, "image_side"):
+        tower = whole.image_side() if projected else _bare(whole.image_side())
     checked = VisionClassifier(
         tower, heads, classes=classes, config=config, projected=projected, label=label, name=name,
         temperature=temperature, facts=facts,
@@ -413,6 +444,17 @@ def _bare(visual: nn.Module) -> nn.Module:
     from chiasm.encoders.image_side import without_projection
 
     return without_projection(visual)
+
+
+def _open(sample: Sample) -> Image:
+    """Decode a sample's image; what reads tars, tables and arrays is imported only where one is given."""
+    if sample.image is not None and sample.image.is_file():
+        from chiasm.io.image import open_image
+
+        return open_image(sample.image)
+    from chiasm.datasets.images import open_sample_image
+
+    return open_sample_image(sample)
 
 
 def _sample(row: int, item: Any, is_picture: bool) -> Sample:

@@ -102,7 +102,8 @@ class FoldedHeads(nn.Module):
         """Return logits (batch, classes) of features (batch, width)."""
         if self.mean is not None:
             features = features - self.mean
-        logits = _run(self.vision, features, ("leaky_relu",) * (len(self.vision) - 1))
+        between: tuple[Between, ...] = ("leaky_relu",) * (len(self.vision) - 1)
+        logits = _run(self.vision, features, between)
         return logits + _run(self.text, features, self.config.between) if len(self.text) else logits
 
 
@@ -165,8 +166,8 @@ def fold_heads(heads: DistilledHeads) -> FoldedHeads:
         )
     )
     with torch.no_grad():
-        for layers, path in ((folded.vision, vision), (folded.text, text)):
-            for layer, affine in zip(layers, path, strict=True):
+        for head, path in ((folded.vision, vision), (folded.text, text)):
+            for layer, affine in zip(_linears(head), path, strict=True):
                 layer.weight.copy_(affine.weight)
                 layer.bias.copy_(affine.bias)
         if folded.mean is not None:

@@ -1,0 +1,169 @@
+"""The proof that an exported classifier needs no text: every text package is blocked, then it is loaded and predicts.
+
+    python -m chiasm.deploy.text_free FOLDER [--batch N] [--seed S] [--onnx] [--allow-code]
+
+runs in a process of its own and prints one JSON document: logits on random input, what was blocked, and what of it was
+asked for. Whoever does not trust chiasm's word can run it on another machine. No file but the export is read.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chiasm.errors import CheckpointError
+
+#: Packages that handle text, and the parts of chiasm that do.
+BLOCKED = (
+    "transformers", "tokenizers", "sentence_transformers", "sentencepiece", "tiktoken", "instant_clip_tokenizer",
+    "ftfy", "regex", "nltk", "spacy", "open_clip", "clip", "peft", "lancedb",
+    "chiasm.load", "chiasm.fetch", "chiasm.embed", "chiasm.distill", "chiasm.pairing", "chiasm.tasks", "chiasm.losses",
+    "chiasm.train", "chiasm.io.report", "chiasm.io.pairs", "chiasm.datasets.reports",
+    "chiasm.data.byte_pairs", "chiasm.data.chunks", "chiasm.data.huggingface_tokenizer", "chiasm.data.report_text",
+    "chiasm.data.tokenizers", "chiasm.data.tokens", "chiasm.data.wordpiece",
+    "chiasm.encoders.bert", "chiasm.encoders.build", "chiasm.encoders.dual", "chiasm.encoders.medclip",
+    "chiasm.encoders.text",
+)  # fmt: skip
+SECONDS = 600
+
+
+@dataclass(frozen=True)
+class TextFree:
+    """What a process without text packages found.
+
+    Attributes:
+        passed: Whether the export loaded and predicted.
+        blocked: Packages and modules that could not be imported.
+        asked_for: Those of them that something tried to import; guarded attempts do not harm.
+        logits: (batch, classes), of the same random input as in this process.
+        problem: Why it did not pass, one line.
+    """
+
+    passed: bool
+    blocked: tuple[str, ...]
+    asked_for: tuple[str, ...]
+    logits: NDArray[np.float64] | None = None
+    problem: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values without the logits."""
+        return {
+            "passed": self.passed,
+            "problem": self.problem,
+            "asked_for": list(self.asked_for),
+            "blocked": list(self.blocked),
+        }
+
+
+class TextBlocker(importlib.abc.MetaPathFinder):
+    """Refuses to import what handles text, and remembers what was asked for.
+
+    Args:
+        names: Modules; what lies inside them is refused, too.
+    """
+
+    def __init__(self, names: Sequence[str] = BLOCKED) -> None:
+        self.names = tuple(names)
+        self.asked_for: set[str] = set()
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """Raise ``ImportError`` for a blocked name; leave any other to the usual finders."""
+        for name in self.names:
+            if fullname == name or fullname.startswith(f"{name}."):
+                self.asked_for.add(name)
+                raise ModuleNotFoundError(f"`{fullname}` is blocked: a vision classifier needs no text", name=fullname)
+        return None
+
+    def install(self) -> None:
+        """Block from now on in this process.
+
+        Raises:
+            RuntimeError: Something of it is imported already.
+        """
+        present = [m for m in sys.modules if any(m == n or m.startswith(f"{n}.") for n in self.names)]
+        if present:
+            raise RuntimeError(f"imported already: {', '.join(present)}")
+        sys.meta_path.insert(0, self)
+
+
+def prove_text_free(
+    folder: str | Path, *, batch: int, seed: int, onnx: bool = False, allow_code: bool = False
+) -> TextFree:
+    """Load an export in a process in which no text package can be imported, and let it predict.
+
+    Args:
+        folder: The export.
+        batch: Rows of random input; see :func:`chiasm.deploy.cost.example_input`.
+        seed: Of the input.
+        onnx: Run ``model.onnx`` instead of the torch form.
+        allow_code: See :func:`chiasm.classifier.load_classifier`.
+
+    Raises:
+        CheckpointError: The process could not be run at all.
+    """
+    command = [sys.executable, "-m", "chiasm.deploy.text_free", str(Path(folder).resolve()), "--batch", str(batch)]
+    command += ["--seed", str(seed), *(["--onnx"] if onnx else []), *(["--allow-code"] if allow_code else [])]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+        value = json.loads(done.stdout.strip().splitlines()[-1])
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
+        raise CheckpointError("the process that proves the freedom from text could not be run") from error
+    logits = None if value["logits"] is None else np.array(value["logits"])
+    return TextFree(value["passed"], BLOCKED, tuple(value["asked_for"]), logits, value["problem"])
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Block, load, predict, print."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="chiasm.deploy.text_free")
+    parser.add_argument("folder")
+    parser.add_argument("--batch", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--onnx", action="store_true")
+    parser.add_argument("--allow-code", action="store_true")
+    given = parser.parse_args(arguments)
+    blocker = TextBlocker()
+    blocker.install()
+    result: dict[str, Any] = {"passed": False, "problem": "", "logits": None}
+    try:
+        from chiasm.classifier import load_classifier
+        from chiasm.deploy.cost import example_input
+
+        if given.onnx:
+            from chiasm.deploy.onnx import load_onnx
+
+            graph = load_onnx(given.folder)
+            result["logits"] = graph.logits(graph.example(given.batch, seed=given.seed)).tolist()
+            model: Any = graph
+        else:
+            classifier = load_classifier(given.folder, allow_code=given.allow_code)
+            found = classifier.logits(example_input(classifier, given.batch, seed=given.seed))
+            result["logits"] = found.double().tolist()
+            model = classifier
+        if model.preprocess is not None:  # an image all the way: decoded, prepared, classified
+            from PIL import Image
+
+            ramp = np.add.outer(np.arange(97), np.arange(131)).astype(np.uint8)
+            model.predict([Image.fromarray(ramp)], workers=0)
+        result["passed"] = True
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is the answer
+        result["problem"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    sys.stdout.write(json.dumps({**result, "asked_for": sorted(blocker.asked_for)}) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
