@@ -63,6 +63,7 @@ def test_json_has_what_the_issue_asks_for(scores):
     for name in ("clip_it-unimodal", "clip_it-lambda0", "shuffled-lambda0"):
         assert {"value", "low", "high", "p", "p_raw", "patients", "n_seeds"} <= set(found["differences"][name])
     assert set(found["differences"]) == {f"{a}-{b}" for a, b in COMPARISONS if a in GAINS and b in GAINS}
+    assert len(found["differences"]["clip_it-lambda0"]["p_mcnemar"]) == 5
     assert isinstance(found["verdict"], str)
     assert found["outcome"] == "helped"
     assert found["verdict"].startswith("Text helped")
@@ -116,6 +117,11 @@ def test_intervals_of_rates_end_at_their_range():
     assert numbers["balanced_accuracy"].low < 0.6
     assert (numbers["ece"].low, numbers["brier"].low, numbers["log_loss"].low) == (0.0, 0.0, 0.0)
     assert numbers["log_loss"].high > 1.0
+    wrong = [
+        ArmPredictions(m.arm, m.seed, m.ids, m.groups, 1 - m.truth if m.seed < 2 else m.truth, m.probabilities)
+        for m in made
+    ]
+    assert score_arms(wrong, n_resamples=5).arms["unimodal"].numbers["brier"].high == 1.0
 
 
 def test_order_of_predictions_does_not_matter(scores):

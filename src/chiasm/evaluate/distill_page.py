@@ -86,8 +86,8 @@ READING = (
     ("seed", "One training from start to end, with its own random numbers. Two arms are compared seed by seed, because a "
      "seed shares order of images and held-out part between arms."),
     ("interval over seeds", "Where the mean would lie if everything were done again with many other seeds (t interval)."),
-    ("seeds and patients", "Where it would lie with other patients in the test set as well: both are drawn anew together. It is "
-     "the one to believe about other patients of the same kind."),
+    ("seeds and patients", "Where it would lie with other patients in the test set as well: both are drawn anew together. With few "
+     "seeds it may be the narrower of the two: believe the wider one."),
     ("p, corrected", "How often a difference at least this large would be seen if there were none; corrected by Holm's method "
      "for the number of questions asked (those of the verdict together, all others together)."),
     ("Wilcoxon", "The same from ranks alone. With five seeds it cannot fall below 0.062, whatever the gain."),

@@ -400,19 +400,19 @@ def _arm_scores(
     pooled: bool,
 ) -> ArmScores:
     numbers = {}
+    answers = list(found.values())
+    tops = {"log_loss": math.inf, "brier": 1.0 if answers[0].n_classes == 2 else 2.0}
     for metric in STATISTICS:
         per_seed = tuple(values[metric][arm][s] for s in found)
         mean = mean_over_seeds(per_seed, level=level)
-        top = math.inf if metric == "log_loss" else 2.0 if metric == "brier" else 1.0
         numbers[metric] = ArmNumber(
             mean.value,
             max(mean.low, 0.0) if math.isfinite(mean.low) else math.nan,
-            min(mean.high, top) if math.isfinite(mean.high) else math.nan,
+            min(mean.high, tops.get(metric, 1.0)) if math.isfinite(mean.high) else math.nan,
             per_seed,
             draws[metric].interval(mean.value, index) if metric in draws else None,
             chances.get(metric),
         )
-    answers = list(found.values())
     curve = reliability_curve(
         np.concatenate([a.truth for a in answers]),
         np.concatenate([a.probabilities for a in answers]),

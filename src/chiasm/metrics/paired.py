@@ -437,7 +437,8 @@ def joint_draws(
     Returns:
         The draws; no resample is defined with fewer than two patients. With one seed only patients are drawn. Each
         resample draws patients and, independently, seeds with replacement; their spreads add, and the spread of a
-        single sample's noise is counted more than once, so the intervals are rather too wide than too narrow.
+        single sample's noise is counted more than once, so the intervals are rather too wide than too narrow. Few seeds
+        cannot show their own spread by drawing from them: read the t interval over seeds beside it.
 
     Raises:
         InputError: When there are no rows, the numbers have different seeds, or a parameter is out of its range.
