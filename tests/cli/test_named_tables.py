@@ -53,3 +53,20 @@ def test_what_is_missing_is_told_without_the_path(chiasm: Run, model_dir: Path, 
     assert str(tmp_path) not in said
     said = chiasm("embed", f"bahc:{tmp_path}", "--out", tmp_path / "s", "--model", model_dir, code=1)
     assert "did you mean `bach`?" in said
+
+
+def test_pairing_reads_a_data_set_by_name_and_tcga_as_downloaded(
+    chiasm: Run, model_dir: Path, root: Path, tmp_path: Path
+) -> None:
+    tcga = tmp_path / "tcga"
+    tcga.mkdir()
+    reports = [f"TCGA-AA-000{i}.X,tumor {i} of the breast" for i in range(6)]
+    (tcga / "TCGA_Reports.csv").write_text("\n".join(["patient_filename,text", *reports]))
+    types = [f"TCGA-AA-000{i},{'BRCA' if i % 2 else 'COAD'}" for i in range(6)]
+    (tcga / "tcga_patient_to_cancer_type.csv").write_text("\n".join(["patient_id,cancer_type", *types]))
+    done = chiasm(
+        "pairing", "--images", f"pcam:{root}", "--split", "train", "--reports", f"tcga:{tcga}", "--tissue", "breast",
+        "--encoder", model_dir, "--out", tmp_path / "pairs", "--json",
+    )  # fmt: skip
+    assert (done["images"], done["paired"]) == (10, 10)
+    assert done["corpus"]["reports"] == 3

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from chiasm.datasets import open_dataset as open_source
@@ -220,6 +222,18 @@ def test_crc_split_is_a_stratified_fifth_of_the_sorted_files(trees: Path) -> Non
     # The reference's call, on labels in this order; scikit-learn's stream must not change under us unseen.
     assert held_out([0] * 10 + [1] * 10) == [3, 6, 12, 16]
     assert open_dataset("crc-nonorm", trees / "crc-nonorm")[0].id.startswith("NCT-CRC-HE-100K-NONORM/ADI/")
+
+
+@given(st.lists(st.integers(5, 40), min_size=2, max_size=9))
+@settings(max_examples=15)
+def test_every_class_gives_a_fifth_to_validation(counts: list[int]) -> None:
+    classes = [c for c, n in enumerate(counts) for _ in range(n)]
+    held = held_out(classes)
+    assert held == sorted(set(held))
+    assert len(held) == -(-len(classes) // 5)
+    share = Counter(classes[row] for row in held)
+    assert all(abs(share[c] - n * len(held) / len(classes)) < 1 for c, n in enumerate(counts))
+    assert held_out(classes) == held
 
 
 def test_crc_says_which_folder_is_missing(trees: Path, tmp_path: Path) -> None:

@@ -115,8 +115,9 @@ def test_every_option_sets_its_field(name: str, tmp_path: Path) -> None:
     assert build(DistillRecipe, to_mapping(new)) == new
     assert leaf(back, option.field) == leaf(new, option.field) or name in ("root", "reports", "pairs")  # made absolute
     if not option.is_switch:
-        words = [option.flag.replace("-", "_").replace("__", "--", 1), str(after[name])]
-        assert parse_reference(words) == {name: after[name]}
+        for flag in (option.flag, f"--{name}"):  # hyphens and underscores
+            assert parse_reference([flag, str(after[name])]) == {name: after[name]}
+            assert parse_reference([f"{flag}={after[name]}"]) == {name: after[name]}
         assert (
             recipe_from_reference({option.flag: str(after[name])} | {k: v for k, v in after.items() if k != name})
             == new
