@@ -69,7 +69,7 @@ def test_official_splits_are_used(tmp_path):
     assert set(split[division.validation]) == {"val"}
     assert set(split[division.test]) == {"test"}
     assert division.facts["unused"] == 24
-    assert division.facts["validation"]["split"] == "official: val"
+    assert division.facts["validation"]["split"] == "given by the data: val"
     held = divide(images, DistillData(source="-", validation=0.4, test_splits=("val",)), seed=0)
     assert set(split[held.test]) == {"val"}, "a split called val may be the test"
     assert set(split[held.validation]) == {"train"}

@@ -18,10 +18,10 @@ from chiasm.errors import LeakageError
 @pytest.mark.parametrize(
     ("name", "sizes", "rule"),
     [
-        ("pcam", (40, 40, 40), "official: val"),
+        ("pcam", (40, 40, 40), "given by the data: val"),
         ("bach", (241, 27, 132), "held out by group"),
-        ("bach-clip-it", (254, 14, 132), "official: val"),
-        ("crc", (144, 36, 180), "official: val"),
+        ("bach-clip-it", (254, 14, 132), "given by the data: val"),
+        ("crc", (144, 36, 180), "given by the data: val"),
     ],
 )
 @pytest.mark.filterwarnings("default:.*classes have no:UserWarning")

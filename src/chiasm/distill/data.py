@@ -329,7 +329,7 @@ def _sides(images: LabelledImages, data: DistillData, seed: int) -> tuple[dict[s
         ):  # fmt: skip
             sides[side] = [row for row, split in enumerate(given) if split in names]
             if names and sides[side]:
-                rules[side] = "official: " + ", ".join(sorted(set(names) & set(found)))
+                rules[side] = "given by the data: " + ", ".join(sorted(set(names) & set(found)))
             elif names:
                 more = "; `data.test_splits = []` holds out a part of the others" if side == "test" else ""
                 raise InputError(f"no image is in `data.{side}_splits` = {list(names)}", hint=hint + more)
@@ -340,7 +340,7 @@ def _sides(images: LabelledImages, data: DistillData, seed: int) -> tuple[dict[s
         sides["train"], sides["validation"] = _held_out(
             images, sides["train"], data.validation, _VALIDATION + chosen, "data.validation"
         )
-    rules["train"] = rules["train"] if rules["train"].startswith("official") else "the rest"
+    rules["train"] = rules["train"] if rules["train"].startswith("given") else "the rest"
     return sides, rules
 
 
