@@ -1,4 +1,4 @@
-"""Write a model as a folder of open_clip or transformers, with the same weights bit by bit."""
+"""Write a model as a folder of open_clip or transformers, or a distilled classifier without text (--vision-only)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,17 @@ from chiasm.cli.output import CodeOption, FamilyOption, JsonOption, print_json
 
 
 def run(
-    model: Annotated[str, typer.Argument(help="A name from `chiasm models`, a model folder or a weight file.")],
-    to: Annotated[str, typer.Option("--to", help="open_clip, huggingface or chiasm.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="New folder.")],
+    model: Annotated[
+        str,
+        typer.Argument(help="A name from `chiasm models`, a model folder, a weight file; a run of `chiasm distill`."),
+    ],
+    to: Annotated[str | None, typer.Option("--to", help="open_clip, huggingface or chiasm.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="New folder.")] = None,
+    vision_only: Annotated[
+        Path | None,
+        typer.Option("--vision-only", help="New folder for the classifier of a run: no text, folded heads, ONNX."),
+    ] = None,
+    no_onnx: Annotated[bool, typer.Option("--no-onnx", help="With --vision-only: torch's form alone.")] = False,
     family: FamilyOption = None,
     activation: Annotated[
         str | None, typer.Option("--activation", help="What it was trained with, where its file is wrong.")
@@ -25,6 +33,13 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Load, write, say what differs."""
+    if vision_only is not None:
+        if to is not None or out is not None or family is not None or activation is not None:
+            raise typer.BadParameter("--vision-only goes with --no-onnx, --allow-code and --json alone")
+        _vision_only(model, vision_only, onnx=not no_onnx, allow_code=allow_code, as_json=as_json)
+        return
+    if to is None or out is None:
+        raise typer.BadParameter("give --to and --out, or --vision-only FOLDER")
     from chiasm.fetch import prepare
 
     prepare(model)  # what is absent is missed before torch is imported
@@ -39,3 +54,16 @@ def run(
     print(f"{encoder.name} is in {out} ({to})")
     for sentence in told:
         print(f"  there {sentence}")
+
+
+def _vision_only(run_folder: str, out: Path, *, onnx: bool, allow_code: bool, as_json: bool) -> None:
+    from chiasm.export_vision import export_vision_only
+
+    export = export_vision_only(run_folder, out, onnx=onnx, allow_code=allow_code)
+    if as_json:
+        print_json(export.to_dict())
+        return
+    print(f"{export.name} is in {out}: {', '.join(export.files)}")
+    for sentence in export.sentences():
+        print(f"  {sentence}")
+    print(f"  chiasm classify {out} IMAGE ... uses it")

@@ -29,6 +29,7 @@ COMMANDS = (
     "doctor",
     "bundle",
     "export",
+    "classify",
 )
 
 app = typer.Typer(

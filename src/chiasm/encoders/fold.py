@@ -102,8 +102,8 @@ class FoldedHeads(nn.Module):
         """Return logits (batch, classes) of features (batch, width)."""
         if self.mean is not None:
             features = features - self.mean
-        between: tuple[Between, ...] = ("leaky_relu",) * (len(self.vision) - 1)
-        logits = _run(self.vision, features, between)
+        between: list[Between] = ["leaky_relu"] * (len(self.vision) - 1)
+        logits = _run(self.vision, features, tuple(between))
         return logits + _run(self.text, features, self.config.between) if len(self.text) else logits
 
 
