@@ -9,6 +9,8 @@ clean. Test labels are clean. With clean training labels there is nothing that t
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,7 +18,8 @@ from chiasm.config import to_mapping
 from chiasm.distill.problem import Problem, Rows, Targets
 from chiasm.distill.recipe import SyntheticConfig
 from chiasm.distill.targets import ReportIds, TextSources, make_targets
-from chiasm.types import digest_of
+from chiasm.tasks.pairing import pair
+from chiasm.types import Embeddings, Space, digest_of
 
 CODE = "1"
 Array = NDArray[np.float64]
@@ -81,8 +84,14 @@ def make_synthetic(config: SyntheticConfig, *, seed: int) -> tuple[Problem, Text
 
 
 def nearest(views: Array, texts: Array) -> NDArray[np.int64]:
-    """Return the row of the most similar text (m, dim) for each view (n, dim): label-free; ties to the lowest row."""
-    return np.asarray((views @ texts.T).argmax(axis=1), dtype=np.int64)
+    """Return the row of the most similar text (m, dim) for each view (n, dim), as ``chiasm pairing`` finds it."""
+    space = Space("synthetic", digest_of("synthetic"), "none", views.shape[1])
+
+    def embeddings(rows: Array, modality: Literal["image", "text"]) -> Embeddings:
+        return Embeddings(rows.astype(np.float32), tuple(map(str, range(len(rows)))), space, modality)
+
+    found = pair(embeddings(views, "image"), embeddings(texts, "text"), report_of=range(len(texts)))
+    return found.report_rows[:, 0]
 
 
 def _unit(rows: Array) -> Array:
