@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import chiasm.pairing as module
 from chiasm.datasets.reports import ReportCorpus, read_reports
@@ -17,8 +19,10 @@ from chiasm.errors import InputError, SpaceMismatch
 from chiasm.io.pairs import digest_ids, load_pairs, save_pairs
 from chiasm.pairing import PairingRun, pair_reports
 from chiasm.progress import SilentProgress
+from chiasm.tasks.pairing import pair
+from chiasm.tasks.report_blocks import float32_product
 from chiasm.testing import TinyEncoder, make_test_images
-from chiasm.types import Sample
+from chiasm.types import Embeddings, Sample, Space
 
 LONG = " ".join(f"Sentence {i} tells of gland {i} and stroma." for i in range(14))
 TEXTS = ("Glands are crowded.", "Stroma is loose.", LONG, "Glands are crowded.", "Necrosis.", "Lymphocytes abound.")
@@ -190,6 +194,42 @@ def test_only_reports_that_passed_the_filter_are_chosen(encoder: Any, samples: l
     assert found.pairs.header.filters[0]["dropped"] == 1
     with pytest.raises(InputError, match="tissue"):
         read_reports(table, tissue="lung")
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10_000), dim=st.sampled_from([2, 17, 96]), spread=st.sampled_from([1.0, 1e-2, 1e-4]))
+def test_a_rougher_product_knows_its_error_and_changes_nothing(seed: int, dim: int, spread: float) -> None:
+    rng = np.random.default_rng(seed)
+    base = rng.normal(size=dim)  # the smaller the spread, the more reports lie within the rounding of bf16
+    image = (base + rng.normal(size=(30, dim))).astype(np.float32)
+    text = (base + spread * rng.normal(size=(90, dim))).astype(np.float32)
+    text[60:] = text[:30]
+    image /= np.linalg.norm(image, axis=1, keepdims=True)
+    text /= np.linalg.norm(text, axis=1, keepdims=True)
+    exact = image.astype(np.float64) @ text.astype(np.float64).T
+    for product in (float32_product, module.bfloat16_product):
+        rough, error = product(text)(image)
+        assert rough.dtype == np.float32
+        assert np.abs(rough - exact).max() <= error < 0.05
+    space = Space("made", "a", "b", dim)
+    images = Embeddings(image, tuple(map(str, range(30))), space, "image")
+    chunks = Embeddings(text, tuple(map(str, range(90))), space, "text")
+    for options in ({}, {"correction": "csls"}, {"aggregate": "mean"}):
+        of = np.arange(90) // (3 if "aggregate" in options else 1)
+        one, other = (
+            pair(images, chunks, report_of=of, k=4, product=p, block=50, **options)  # type: ignore[arg-type]
+            for p in (float32_product, module.bfloat16_product)
+        )
+        np.testing.assert_array_equal(one.report_rows, other.report_rows)
+        np.testing.assert_array_equal(one.similarity, other.similarity)
+
+
+def test_mapped_vectors_are_compared_without_a_warning(tmp_path: Path) -> None:
+    rows = np.eye(4, dtype=np.float32)
+    np.save(tmp_path / "v.npy", rows)
+    mapped = np.load(tmp_path / "v.npy", mmap_mode="r")
+    for product in (module.bfloat16_product, module.fastest_product()):
+        np.testing.assert_array_equal(product(mapped)(mapped)[0], rows)
 
 
 def test_one_image_and_one_report(encoder: Any, samples: Sequence[Sample]) -> None:

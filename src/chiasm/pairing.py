@@ -28,6 +28,8 @@ from chiasm.io.pairs import PairFolder, PairHeader, digest_ids
 from chiasm.io.vector_cache import VectorCache
 from chiasm.progress import Progress, SilentProgress
 from chiasm.tasks.pairing import Pairing, pair
+from chiasm.tasks.report_blocks import Product, Rough, float32_product
+from chiasm.tasks.top_rows import dot_error
 from chiasm.types import Embeddings, Modality, Sample
 
 if TYPE_CHECKING:
@@ -40,6 +42,43 @@ SHARD_ROWS = 512
 #: Part of every key of the cache: a new number when vectors are computed in another way.
 VERSION = 1
 _READ_BYTES = 1 << 20
+
+
+def fastest_product() -> Product:
+    """Return the product that proposes candidates fastest on this machine: bf16 where the processor has it, else fp32."""
+    import torch
+
+    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # without such units bf16 is slower than fp32
+    native = any(getattr(torch.cpu, name, lambda: False)() for name in checks)
+    return bfloat16_product if native else float32_product
+
+
+def bfloat16_product(reports: NDArray[np.float32]) -> Rough:
+    """Compare images with these reports in bf16, with an error of about 0.003.
+
+    |a·b − â·b̂| <= |a − â||b| + |â||b − b̂| with the norms of the rounding as it came out; sums are in fp32, and the
+    results are rounded to bf16 (2^-9 of the largest, counted twice). Several times as fast as fp32 on processors with
+    matrix units; candidates are scored again in fp64 by the caller, who gets a few more of them.
+    """
+    import torch
+
+    def low(rows: NDArray[np.float32]) -> tuple[torch.Tensor, float]:
+        full = torch.from_numpy(rows if rows.flags.writeable else rows.copy())
+        half = full.bfloat16()
+        return half, float((full - half).norm(dim=1).max())
+
+    known, lost = low(reports)
+    known = known.T.contiguous()
+
+    def compare(images: NDArray[np.float32]) -> tuple[NDArray[np.float32], float]:
+        with torch.inference_mode():
+            units, lost_too = low(images)
+            rough = units @ known
+            least, most = rough.aminmax()
+            largest = max(float(most), -float(least))
+            return rough.float().numpy(), 1.05 * (lost + lost_too) + dot_error(images.shape[1]) + 2.0**-8 * largest
+
+    return compare
 
 
 @dataclass(frozen=True)
@@ -134,7 +173,14 @@ def pair_reports(
     chunks, _ = side.run(texts, "text", _hash_tokens(encoder, [p.text for p in pieces]))
     pictures, contents = side.run(bare, "image", _hash_files(bare, workers, side.progress))
     pairing = pair(
-        pictures, chunks, report_of=of, k=k, aggregate=aggregate, correction=correction, min_similarity=min_similarity
+        pictures,
+        chunks,
+        report_of=of,
+        k=k,
+        aggregate=aggregate,
+        correction=correction,
+        min_similarity=min_similarity,
+        product=fastest_product(),
     )
     header = PairHeader(
         space=encoder.space,

@@ -18,7 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chiasm.errors import InputError, UnknownName
-from chiasm.tasks.report_blocks import Aggregate, ReportBlock, Reports, aggregate_chunks, image_blocks, unit_rows
+from chiasm.tasks.report_blocks import (
+    Aggregate,
+    Product,
+    ReportBlock,
+    Reports,
+    aggregate_chunks,
+    float32_product,
+    image_blocks,
+    unit_rows,
+)
 from chiasm.tasks.top_rows import TopRows
 from chiasm.tasks.zero_shot import FALLBACK_LOGIT_SCALE
 from chiasm.types import Embeddings, check_same_space
@@ -79,6 +88,7 @@ def pair(
     min_similarity: float | Literal["auto"] | None = None,
     correction: Correction = "none",
     block: int = BLOCK_ROWS,
+    product: Product = float32_product,
 ) -> Pairing:
     """Return the k best reports of every image, exactly.
 
@@ -95,8 +105,9 @@ def pair(
         correction: Against hubs, reports that are near to everything. ``csls``: less half the mean similarity of the
             report with its ten nearest images. ``inverted_softmax``: less log-mean-exp of its similarities with all
             images at the logit scale. It changes the choice and the margin, never the similarity that is returned.
-        block: Rows of chunks compared at once. Memory is a few times ``block`` × (1,024 + dimensions) floats, and 16
+        block: Rows of chunks compared at once. Memory is a few times ``block`` × (512 + dimensions) floats, and 16
             bytes an image and report asked for.
+        product: Proposes candidates; a faster one may be rougher as long as it knows its error. The result is the same.
 
     Raises:
         SpaceMismatch: Images and chunks come from two spaces.
@@ -109,7 +120,7 @@ def pair(
         is; CSLS's other term does not depend on the report and is left out.
     """
     _check(images, chunks, aggregate=aggregate, correction=correction, k=k, block=block)
-    reports = Reports(chunks, report_of, aggregate)
+    reports = Reports(chunks, report_of, aggregate, product)
     offset = np.zeros(len(reports))
     if correction == "csls":
         offset = _csls_offset(images, reports, block)
@@ -248,10 +259,9 @@ def _best(
         shift = off.astype(np.float32) if off.any() else None
         for number, (_, units) in enumerate(image_blocks(images)):
             if number == len(found):
-                found.append(TopRows(len(units), k, 0.0))
+                found.append(TopRows(len(units), k))
             top = found[number]
-            top.error = max(top.error, part.error + offset_error)
-            rough = part.rough(units)
+            rough, error = part.rough(units)
             if shift is not None:
                 rough -= shift
 
@@ -264,7 +274,7 @@ def _best(
             ) -> NDArray[np.float64]:
                 return part.exact(units, image, report) - off[report]
 
-            top.add(rough, part.places, exact, width=part.width)
+            top.add(rough, part.places, exact, error=error + offset_error, width=part.width)
     return np.concatenate([t.rows for t in found]), np.concatenate([t.scores for t in found])
 
 
@@ -272,7 +282,7 @@ def _csls_offset(images: Embeddings, reports: Reports, block: int) -> NDArray[np
     """Return half the mean similarity of each report with its nearest images, from exact similarities."""
     offset = np.empty(len(reports))
     for part in reports.blocks(block):
-        top = TopRows(len(part.places), min(NEIGHBOURS, len(images)), part.error)
+        top = TopRows(len(part.places), min(NEIGHBOURS, len(images)))
         for start, units in image_blocks(images):
 
             def exact(
@@ -284,7 +294,8 @@ def _csls_offset(images: Embeddings, reports: Reports, block: int) -> NDArray[np
                 return part.exact(units, image, report)
 
             rows = np.arange(start, start + len(units), dtype=np.int64)
-            top.add(np.ascontiguousarray(part.rough(units).T), rows, exact, width=part.width)
+            rough, error = part.rough(units)
+            top.add(np.ascontiguousarray(rough.T), rows, exact, error=error, width=part.width)
         offset[part.places] = top.scores.mean(axis=1) / 2
     return offset
 

@@ -7,7 +7,7 @@ vectors: not on the block, not on what else is compared.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -21,8 +21,18 @@ from chiasm.types import Embeddings
 Aggregate = Literal["max", "mean", "top_mean"]
 #: ``top_mean`` is the mean over this many chunks, or over all of a report that has fewer.
 TOP_CHUNKS = 3
-_IMAGE_ROWS = 1_024
+_IMAGE_ROWS = 512  # a block of similarities of usual size is then reused memory, not fresh pages
+#: Unit rows of images (n, dim) -> their cosines with known reports (n, m), roughly, and how far one can be off.
+Rough = Callable[[NDArray[np.float32]], tuple[NDArray[np.float32], float]]
+#: Unit rows of reports (m, dim) -> what compares images with them.
+Product = Callable[[NDArray[np.float32]], Rough]
 _Float = TypeVar("_Float", np.float32, np.float64)
+
+
+def float32_product(reports: NDArray[np.float32]) -> Rough:
+    """Compare images with these reports in fp32."""
+    error = dot_error(reports.shape[1])
+    return lambda images: (images @ reports.T, error)
 
 
 class ReportBlock:
@@ -33,28 +43,27 @@ class ReportBlock:
         vectors: (chunks × reports, dim): first the first chunks of all reports, then the second ones.
     """
 
-    def __init__(self, places: NDArray[np.int64], vectors: NDArray[np.float32], aggregate: Aggregate) -> None:
+    def __init__(
+        self, places: NDArray[np.int64], vectors: NDArray[np.float32], aggregate: Aggregate, product: Product
+    ) -> None:
         self.places = places
         self.vectors = vectors
         self.chunks = len(vectors) // len(places)
         self.aggregate: Aggregate = aggregate
+        self._product = product(vectors)
 
     @property
     def width(self) -> int:
         """Numbers that scoring one report again takes."""
         return self.chunks * int(self.vectors.shape[1])
 
-    @property
-    def error(self) -> float:
-        """Largest difference between rough and exact similarities; sums over chunks are rounded, too."""
-        return dot_error(self.vectors.shape[1]) + 1.2 * (self.chunks + 2) * 2.0**-24
-
-    def rough(self, units: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return fp32 similarities (images, reports)."""
-        cosines = units @ self.vectors.T
-        if self.chunks == 1:
-            return cosines
-        return aggregate_chunks(cosines.reshape(len(units), self.chunks, len(self.places)), self.aggregate)
+    def rough(self, units: NDArray[np.float32]) -> tuple[NDArray[np.float32], float]:
+        """Return fp32 similarities (images, reports), and how far one can lie from the exact one."""
+        cosines, error = self._product(units)
+        if self.chunks > 1:
+            cosines = aggregate_chunks(cosines.reshape(len(units), self.chunks, len(self.places)), self.aggregate)
+            error += 1.2 * (self.chunks + 2) * 2.0**-24  # sums over chunks are rounded, too
+        return cosines, error
 
     def exact(
         self, units: NDArray[np.float32], image: NDArray[np.int64], report: NDArray[np.int64]
@@ -72,7 +81,13 @@ class Reports:
         numbers: (reports,), rising: what ``report_of`` calls them.
     """
 
-    def __init__(self, chunks: Embeddings, report_of: Sequence[int] | NDArray[np.int64], aggregate: Aggregate) -> None:
+    def __init__(
+        self,
+        chunks: Embeddings,
+        report_of: Sequence[int] | NDArray[np.int64],
+        aggregate: Aggregate,
+        product: Product = float32_product,
+    ) -> None:
         of = np.asarray(report_of)
         if of.shape != (len(chunks),):
             raise InputError(f"report_of has {len(of)} entries for {len(chunks)} chunks")
@@ -80,6 +95,7 @@ class Reports:
             raise InputError("report_of must hold row numbers that are not negative")
         self.embeddings = chunks
         self.aggregate: Aggregate = aggregate
+        self.product = product
         self.numbers, counts = np.unique(of.astype(np.int64), return_counts=True)
         self.order = np.argsort(of, kind="stable")
         self.starts = np.concatenate([[0], np.cumsum(counts)])
@@ -102,7 +118,9 @@ class Reports:
             for start in range(0, len(places), step):
                 part = places[start : start + step]
                 rows = self.chunks_of(part)
-                yield ReportBlock(part, unit_rows(self.embeddings, rows.T.ravel(), "report"), self.aggregate)
+                yield ReportBlock(
+                    part, unit_rows(self.embeddings, rows.T.ravel(), "report"), self.aggregate, self.product
+                )
 
     def compare(
         self, images: Embeddings, image: NDArray[np.int64], place: NDArray[np.int64]

@@ -130,7 +130,7 @@ def search(
     for start in range(0, len(queries), _QUERY_ROWS):
         part = queries.select(np.arange(start, min(start + _QUERY_ROWS, len(queries))))
         units = unit_vectors(part, "query")
-        top = TopRows(len(part), k, dot_error(space.dim))
+        top = TopRows(len(part), k)
         for first in range(0, len(corpus), block_rows):
             block = corpus.vectors[first : first + block_rows]
             _add_block(
@@ -201,7 +201,8 @@ def _add_block(
         scores: NDArray[np.float64] = np.einsum("nd,nd->n", queries[query].astype(np.float64), found)
         return scores if normalized else scores / np.sqrt(np.einsum("nd,nd->n", found, found))
 
-    top.add(rough, np.arange(first, first + len(block), dtype=np.int64), exact, width=block.shape[1])
+    rows = np.arange(first, first + len(block), dtype=np.int64)
+    top.add(rough, rows, exact, error=dot_error(block.shape[1]), width=block.shape[1])
 
 
 def _hidden_rows(queries: Embeddings, corpus: Embeddings, exclude: Exclude) -> list[NDArray[np.int64]] | None:

@@ -33,35 +33,36 @@ class TopRows:
     Args:
         queries: How many.
         k: How many rows of each are kept.
-        error: Largest difference between a rough and an exact score.
 
     Attributes:
         rows: int64, (queries, k); -1 where fewer were allowed so far.
         scores: fp64, same shape; -inf where there is no row.
     """
 
-    def __init__(self, queries: int, k: int, error: float) -> None:
+    def __init__(self, queries: int, k: int) -> None:
         self.k = k
-        self.error = error
         self.rows = np.full((queries, k), -1, dtype=np.int64)
         self.scores = np.full((queries, k), -np.inf)
 
-    def add(self, rough: NDArray[np.float32], rows: NDArray[np.int64], exact: Exact, *, width: int) -> None:
+    def add(
+        self, rough: NDArray[np.float32], rows: NDArray[np.int64], exact: Exact, *, error: float, width: int
+    ) -> None:
         """Take in some rows.
 
         Args:
             rough: (queries, rows of this block); -inf where a query may not find a row.
             rows: Number of each column; rising.
             exact: Scores cells again.
+            error: Largest difference between a rough and an exact score of this block.
             width: fp64 numbers that ``exact`` holds a cell, so that it is not asked for too many at once.
         """
-        threshold = self.scores[:, -1] - self.error
+        threshold = self.scores[:, -1] - error
         if not np.isfinite(threshold).all():
-            self._raise_threshold(rough, threshold, ~np.isfinite(threshold))
+            self._raise_threshold(rough, threshold, ~np.isfinite(threshold), error)
         keep = rough >= threshold.astype(np.float32)[:, None]
         crowded = np.count_nonzero(keep, axis=1) > 8 * self.k + 64
         if crowded.any():
-            self._raise_threshold(rough, threshold, crowded)
+            self._raise_threshold(rough, threshold, crowded, error)
             keep[crowded] = rough[crowded] >= threshold[crowded].astype(np.float32)[:, None]
         flat = np.flatnonzero(keep)
         if len(flat) == 0:
@@ -73,13 +74,13 @@ class TopRows:
             self._merge(query[part], rows[column[part]], exact(query[part], column[part]))
 
     def _raise_threshold(
-        self, rough: NDArray[np.float32], threshold: NDArray[np.float64], which: NDArray[np.bool_]
+        self, rough: NDArray[np.float32], threshold: NDArray[np.float64], which: NDArray[np.bool_], error: float
     ) -> None:
         """Raise the threshold of some queries to at most the k-th best of this block, less the rounding error."""
         if rough.shape[1] < self.k:
             return
         kth = kth_best(rough if which.all() else rough[which], self.k)
-        threshold[which] = np.maximum(threshold[which], kth.astype(np.float64) - 2 * self.error)
+        threshold[which] = np.maximum(threshold[which], kth.astype(np.float64) - 2 * error)
 
     def _merge(self, query: NDArray[np.int64], rows: NDArray[np.int64], exact: NDArray[np.float64]) -> None:
         touched = np.unique(query)
