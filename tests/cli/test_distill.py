@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from chiasm.cli.distill import read_plan
 from chiasm.errors import ConfigError, InputError
@@ -30,6 +32,14 @@ batch_size = "full"
 lr = 1e-2
 kd_weight = 10.0
 """
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
