@@ -52,6 +52,7 @@ golden: peers
 bench: setup
 	$(BIN)/python benchmarks/loss.py
 	$(BIN)/python benchmarks/cold_start.py
+	$(BIN)/python benchmarks/pairing.py
 
 clean:
 	rm -rf $(VENV) .venv-peers demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -27,6 +27,8 @@ fi
 "${PIP[@]}" --no-deps setuptools==69.5.1 torchvision==0.28.0 timm==1.0.31 open_clip_torch==3.3.0 clip-anytorch==2.6.0
 # GLoRIA's preprocessing resizes by OpenCV.
 "${PIP[@]}" --no-deps opencv-python-headless==5.0.0.93
+# The usual exact search, for benchmarks/pairing.py.
+"${PIP[@]}" -c constraints.txt --no-deps faiss-cpu
 # BioViL's own code; what it needs to read DICOM and NIfTI files is left out.
 "${PIP[@]}" --no-deps hi-ml-multimodal==0.2.2
 
