@@ -91,9 +91,14 @@ class VisionExport:
     def sentences(self) -> tuple[str, ...]:
         """Return what a person should know, one line each."""
         cost = self.cost
+        beside = (
+            f"; {cost.overhead:+.2%} beside the unimodal classifier ({cost.overhead_trained:+.2%} before folding); "
+            f"operations {cost.overhead_flops:+.3%}"
+            if cost.backbone_parameters
+            else "; there is no backbone to compare with, only features"
+        )
         lines = [
-            f"weights: {cost.exported_parameters:,}; {cost.overhead:+.2%} beside the unimodal classifier"
-            f" ({cost.overhead_trained:+.2%} before folding); operations {cost.overhead_flops:+.3%}",
+            f"weights: {cost.exported_parameters:,}{beside}",
             f"counted and formula {'agree' if cost.agrees else 'DIFFER'}: {cost.formula_parameters:,} weights, "
             f"{cost.formula_flops:,} operations per image",
             f"logits differ from the training model by at most {self.difference:.1e}"
