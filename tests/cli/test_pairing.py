@@ -110,6 +110,8 @@ def test_mistakes_are_named(
     assert "no row has split `holdout`" in said("--split", "holdout")
     answer = said(*roles, "--tissue", "brain")
     assert "tissue" in answer
+    assert "site" in said(*roles, "--where", "site==hip")
+    assert "leaves none of" in said(*roles, "--text-drop", "re:.")
     assert not (tmp_path / "o" / "pairs.parquet").exists()
 
 

@@ -39,7 +39,8 @@ FilterOption = Annotated[
 def run(
     images: Annotated[str, typer.Option("--images", "-i", help="Table, folder, shards, or a data set: `pcam:FOLDER`.")],
     reports: Annotated[
-        Path, typer.Option("--reports", "-r", help="TXT (one report a line), CSV, JSONL, Parquet, folder, or tcga:FOLDER.")
+        str,
+        typer.Option("--reports", "-r", help="TXT (one report a line), CSV, JSONL, Parquet, folder, or tcga:FOLDER."),
     ],
     encoder: Annotated[
         str, typer.Option("--encoder", "--model", "-m", help="A name from `chiasm models`, a model file or folder.")
@@ -51,6 +52,12 @@ def run(
     ] = None,
     tissue: Annotated[str | None, typer.Option("--tissue", help="Keep reports of this tissue: colon, =colon.")] = None,
     text_filter: FilterOption = None,
+    text_drop: Annotated[
+        list[str] | None, typer.Option("--text-drop", help="Leave out reports that contain this; as --text-filter.")
+    ] = None,
+    where: Annotated[
+        list[str] | None, typer.Option("--where", help="Keep rows of the corpus: COLUMN=PATTERN, COLUMN==WHOLE VALUE.")
+    ] = None,
     report_column: Annotated[
         list[str] | None,
         typer.Option("--report-column", help="What a column of the corpus is: text=REPORT, id=KEY, tissue=ORGAN."),
@@ -100,7 +107,8 @@ def run(
     dataset = open_table(images, group=group, columns=column, root=root, require=("image",))
     samples = select_rows(dataset.samples, split)
     _check_audit(samples, audit_label)
-    corpus = _corpus(reports, report_column, tissue, text_filter)
+    filters = {"keep": tuple(text_filter or ()), "drop": tuple(text_drop or ()), "where": tuple(where or ())}
+    corpus = _corpus(reports, report_column, tissue=tissue, **filters)
     model = load_encoder(encoder, device=device, family=family, allow_code=allow_code)
     found = pair_reports(
         model,
@@ -168,9 +176,7 @@ def _check_audit(samples: Sequence[Sample], label: str | None) -> None:
         raise InputError(f"the images have no label column `{label}`", hint=f"columns: {', '.join(known) or 'none'}")
 
 
-def _corpus(
-    path: Path, columns: Sequence[str] | None, tissue: str | None, text_filter: Sequence[str] | None
-) -> ReportCorpus:
+def _corpus(source: str, columns: Sequence[str] | None, **filters: Any) -> ReportCorpus:
     from chiasm.datasets.report_sources import open_reports
 
     named: dict[str, Any] = {}
@@ -184,7 +190,7 @@ def _corpus(
         if key in named and role != "text":
             raise InputError(f"the {role} column of the corpus is named twice", hint="name one of them")
         named[key] = [*named[key], name] if key in named else [name] if role == "text" else name
-    return open_reports(path, tissue=tissue, keep=tuple(text_filter or ()), **named)
+    return open_reports(source, **filters, **named)
 
 
 def _say(found: PairingRun, scores: PairingScores, page: Path) -> None:
