@@ -90,12 +90,9 @@ def shuffled(targets: Targets, *, seed: int) -> Targets:
     """
     train = np.random.default_rng([seed, 11]).permutation(len(targets.train))
     held_out = np.random.default_rng([seed, 12]).permutation(len(targets.validation))
-    return make_targets(
-        targets.train[train],
-        targets.validation[held_out],
-        targets.train_mask[train],
-        targets.validation_mask[held_out],
-    )
+    rows = targets.train[train], targets.validation[held_out]
+    masks = targets.train_mask[train], targets.validation_mask[held_out]
+    return Targets(*rows, *masks, _digest(*rows, *masks))
 
 
 def random_text(targets: Targets, train: ReportIds, validation: ReportIds, *, seed: int) -> Targets:
