@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-RESCORE_VALUES = 2**22  # fp64 numbers held while candidates are scored again: 32 MiB a side
+RESCORE_VALUES = 2**19  # fp64 numbers held while candidates are scored again: 4 MiB a side, which caches hold
 
 #: Positions in a block (queries, columns of it) -> their fp64 scores.
 Exact = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float64]]
