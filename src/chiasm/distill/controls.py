@@ -147,7 +147,7 @@ def run_arm_once(runner: ArmRunner, arm: Arm, folder: RunFolder) -> ArmPredictio
         "test": answers.test_digest,
         "steps": result.final.steps,
         "best_step": result.final.best_step,
-        "validation": dict(result.final.metrics),
+        "validation": dict(sorted(result.final.metrics.items())),
     }
     write_json_atomic(place / "arm.json", record)  # last: it says that the answers beside it are whole
     return answers

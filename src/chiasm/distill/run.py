@@ -290,8 +290,8 @@ def results_record(recipe: DistillRecipe, result: DistillResult, trained: ArmRes
                 "steps": s.steps,
                 "best_step": s.best_step,
                 "stopped_early": s.stopped_early,
-                "validation": dict(s.metrics),
-                "curve": [dict(r) for r in s.curve],
+                "validation": dict(sorted(s.metrics.items())),
+                "curve": [dict(sorted(r.items())) for r in s.curve],
             }
             for s in stages
             if s is not None

@@ -79,9 +79,7 @@ def open_run(
         else:
             _check_same(folder, recipe)
     cache = folder if recipe.run.cache is None else Path(expand_path(recipe.run.cache, "run.cache"))
-    if cache == folder:
-        for leftover in (folder / "features").glob(".*.part"):  # of a run that was killed while it wrote
-            leftover.unlink(missing_ok=True)
+    _tidy(folder, cache)
     write_bytes_atomic(folder / "recipe.toml", to_toml(recipe).encode())
     return RunFolder(folder, cache)
 
@@ -96,6 +94,17 @@ def _check_same(folder: Path, recipe: DistillRecipe) -> None:
             "the run in this folder was started with another recipe",
             hint="restore it (`recipe.toml` in the folder), choose another folder, or start anew with `--overwrite`",
         )
+
+
+def _tidy(folder: Path, cache: Path) -> None:
+    """Delete what a run that was killed left of unfinished writes; a cache that others may be writing to is spared."""
+    places = [folder, *folder.glob("arms/*/*"), *((folder / "features", folder / "stages") if cache == folder else ())]
+    for place in places:
+        for leftover in place.glob(".*.part"):
+            leftover.unlink(missing_ok=True)
+    for checkpoint in (cache / "stages").glob("*.part.safetensors"):
+        if checkpoint.with_name(checkpoint.name.replace(".part.", ".")).exists():  # its stage is done
+            checkpoint.unlink(missing_ok=True)
 
 
 def _clear(folder: Path) -> None:
