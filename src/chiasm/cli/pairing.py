@@ -30,62 +30,78 @@ if TYPE_CHECKING:
 #: What ``--report-column`` can name, and how `open_reports` calls it.
 REPORT_ROLES = {"text": "text", "id": "id", "tissue": "tissue_column", "patient": "patient"}
 
+ImagesOption = Annotated[
+    str, typer.Option("--images", "-i", help="Table, folder, shards, or a data set: `pcam:FOLDER`.")
+]
+ReportsOption = Annotated[
+    str,
+    typer.Option("--reports", "-r", help="TXT (one report a line), CSV, JSONL, Parquet, folder, or tcga:FOLDER."),
+]
+EncoderOption = Annotated[
+    str, typer.Option("--encoder", "--model", "-m", help="A name from `chiasm models`, a model file or folder.")
+]
+OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder of the pairs and their page.")]
+TopOption = Annotated[int, typer.Option("--top-k", "-k", min=1, help="Reports an image.")]
+LeastOption = Annotated[
+    str | None, typer.Option("--min-similarity", help="Least cosine of a pair, or `auto`; none by default.")
+]
+TissueOption = Annotated[str | None, typer.Option("--tissue", help="Keep reports of this tissue: colon, =colon.")]
 FilterOption = Annotated[
     list[str] | None,
     typer.Option("--text-filter", help="Keep reports that contain this in any case; `re:PATTERN` for an expression."),
 ]
+DropOption = Annotated[
+    list[str] | None, typer.Option("--text-drop", help="Leave out reports that contain this; as --text-filter.")
+]
+WhereOption = Annotated[
+    list[str] | None, typer.Option("--where", help="Keep rows of the corpus: COLUMN=PATTERN, COLUMN==WHOLE VALUE.")
+]
+ReportColumnOption = Annotated[
+    list[str] | None,
+    typer.Option("--report-column", help="What a column of the corpus is: text=REPORT, id=KEY, tissue=ORGAN."),
+]
+AggregateOption = Annotated[
+    str, typer.Option("--aggregate", help="A report's similarity from its chunks: max, mean, top_mean.")
+]
+CorrectionOption = Annotated[str, typer.Option("--correction", help="Against hubs: none, csls, inverted_softmax.")]
+OverlapOption = Annotated[
+    int | None, typer.Option("--overlap", min=0, help="Tokens that chunks of a long report share.")
+]
+ExamplesOption = Annotated[
+    int, typer.Option("--examples", min=0, help="Pairs shown on the page, with patients' texts; 0: none.")
+]
+AuditOption = Annotated[
+    str | None, typer.Option("--audit-label", help="Compare the finished pairs with this label; never used to pair.")
+]
+CacheOption = Annotated[
+    Path | None, typer.Option("--cache", help="Folder of vectors, found again by content; OUT/cache by default.")
+]
+WorkersOption = Annotated[int, typer.Option("--workers", min=1, help="Threads that read images.")]
 
 
 def run(
-    images: Annotated[str, typer.Option("--images", "-i", help="Table, folder, shards, or a data set: `pcam:FOLDER`.")],
-    reports: Annotated[
-        str,
-        typer.Option("--reports", "-r", help="TXT (one report a line), CSV, JSONL, Parquet, folder, or tcga:FOLDER."),
-    ],
-    encoder: Annotated[
-        str, typer.Option("--encoder", "--model", "-m", help="A name from `chiasm models`, a model file or folder.")
-    ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the pairs and their page.")],
-    top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, help="Reports an image.")] = 1,
-    min_similarity: Annotated[
-        str | None, typer.Option("--min-similarity", help="Least cosine of a pair, or `auto`; none by default.")
-    ] = None,
-    tissue: Annotated[str | None, typer.Option("--tissue", help="Keep reports of this tissue: colon, =colon.")] = None,
+    images: ImagesOption,
+    reports: ReportsOption,
+    encoder: EncoderOption,
+    out: OutOption,
+    top_k: TopOption = 1,
+    min_similarity: LeastOption = None,
+    tissue: TissueOption = None,
     text_filter: FilterOption = None,
-    text_drop: Annotated[
-        list[str] | None, typer.Option("--text-drop", help="Leave out reports that contain this; as --text-filter.")
-    ] = None,
-    where: Annotated[
-        list[str] | None, typer.Option("--where", help="Keep rows of the corpus: COLUMN=PATTERN, COLUMN==WHOLE VALUE.")
-    ] = None,
-    report_column: Annotated[
-        list[str] | None,
-        typer.Option("--report-column", help="What a column of the corpus is: text=REPORT, id=KEY, tissue=ORGAN."),
-    ] = None,
-    aggregate: Annotated[
-        str, typer.Option("--aggregate", help="A report's similarity from its chunks: max, mean, top_mean.")
-    ] = "max",
-    correction: Annotated[
-        str, typer.Option("--correction", help="Against hubs: none, csls, inverted_softmax.")
-    ] = "none",
-    overlap: Annotated[
-        int | None, typer.Option("--overlap", min=0, help="Tokens that chunks of a long report share.")
-    ] = None,
+    text_drop: DropOption = None,
+    where: WhereOption = None,
+    report_column: ReportColumnOption = None,
+    aggregate: AggregateOption = "max",
+    correction: CorrectionOption = "none",
+    overlap: OverlapOption = None,
     split: SplitOption = None,
     column: ColumnOption = None,
     root: RootOption = None,
     group: GroupOption = None,
-    examples: Annotated[
-        int, typer.Option("--examples", min=0, help="Pairs shown on the page, with patients' texts; 0: none.")
-    ] = 6,
-    audit_label: Annotated[
-        str | None,
-        typer.Option("--audit-label", help="Compare the finished pairs with this label; never used to pair."),
-    ] = None,
-    cache: Annotated[
-        Path | None, typer.Option("--cache", help="Folder of vectors, found again by content; OUT/cache by default.")
-    ] = None,
-    workers: Annotated[int, typer.Option("--workers", min=1, help="Threads that read images.")] = 2,
+    examples: ExamplesOption = 6,
+    audit_label: AuditOption = None,
+    cache: CacheOption = None,
+    workers: WorkersOption = 2,
     device: DeviceOption = "cpu",
     batch_size: BatchOption = 32,
     seed: SeedOption = 0,
