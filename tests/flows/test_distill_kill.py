@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -108,23 +109,39 @@ print(json.dumps([child(*attempt) for attempt in attempts]))
 """
 
 
+KILLS = [("cut", "call", n) for n in (3, 14, 31, 45, 12)] + [("cut", "time", 0.3)]
+ATTEMPTS = {
+    "run": [("whole", "first", 0), *KILLS, ("cut", "full", 9_000), ("cut", "go on", 0)],
+    "controls": [
+        ("controls", "first", 0), *(("controls-cut", "call", n) for n in (30, 41)), ("controls-cut", "go on", 0),
+    ],
+    "full": [("full", "full", 3_000)],
+    "full, later": [("full", "go on", 0)],
+}  # fmt: skip
+
+
+class Outcome(NamedTuple):
+    folder: Path
+    codes: dict[str, list[int]]
+    errors: str
+
+
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """All attempts, one after the other in one interpreter."""
     from chiasm.load import save_encoder
     from chiasm.testing import TinyEncoder
 
     folder = tmp_path_factory.mktemp("kill")
     save_encoder(TinyEncoder(0, context_length=64), folder / "retriever")
     (folder / "recipe.toml").write_text(RECIPE)
-    return folder
-
-
-def run(folder: Path, attempts: list[tuple[str, str, float]]) -> tuple[list[int], str]:
+    every = [attempt for attempts in ATTEMPTS.values() for attempt in attempts]
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(folder), json.dumps(attempts)],
-        capture_output=True, text=True, check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-c", SCRIPT, str(folder), json.dumps(every)],
+        capture_output=True, text=True, check=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    return json.loads(done.stdout), done.stderr
+    codes = iter(json.loads(done.stdout))
+    return Outcome(folder, {name: [next(codes) for _ in found] for name, found in ATTEMPTS.items()}, done.stderr)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -135,30 +152,24 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_a_run_survives_everything_bit_for_bit(workplace):
-    kills = [("cut", "call", n) for n in (3, 14, 31, 45, 12)] + [("cut", "time", 0.3)]
-    codes, errors = run(
-        workplace, [("whole", "first", 0), *kills, ("cut", "full", 9_000), ("cut", "go on", 0)]
-    )  # fmt: skip
-    assert codes[0] == codes[-1] == 0, errors
+def test_a_run_survives_everything_bit_for_bit(outcome):
+    codes = outcome.codes["run"]
+    assert codes[0] == codes[-1] == 0, outcome.errors
     assert codes[1:-2].count(-9) >= 4, codes
     assert codes[-2] in (71, 0)
-    assert str(workplace) not in errors
-    assert contents(workplace / "cut") == contents(workplace / "whole")
+    assert contents(outcome.folder / "cut") == contents(outcome.folder / "whole")
 
 
-def test_controls_survive_everything_bit_for_bit(workplace):
-    kills = [("controls-cut", "call", n) for n in (30, 41)]
-    codes, errors = run(workplace, [("controls", "first", 0), *kills, ("controls-cut", "go on", 0)])
-    assert codes[0] == codes[-1] == 0, errors
+def test_controls_survive_everything_bit_for_bit(outcome):
+    codes = outcome.codes["controls"]
+    assert codes[0] == codes[-1] == 0, outcome.errors
     assert codes[1:-1].count(-9) >= 2, codes
-    assert contents(workplace / "controls-cut") == contents(workplace / "controls")
+    assert contents(outcome.folder / "controls-cut") == contents(outcome.folder / "controls")
 
 
-def test_a_full_disk_is_told_and_nothing_is_left_half_written(workplace):
-    codes, errors = run(workplace, [("full", "full", 3_000)])
-    assert codes == [71], errors
-    assert "hint" in errors
-    assert not [p for p in (workplace / "full").rglob("*.part") if p.is_file()]
-    codes, errors = run(workplace, [("full", "go on", 0)])
-    assert codes == [0], errors
+def test_a_full_disk_is_told_and_nothing_is_left_half_written(outcome):
+    assert outcome.codes["full"] == [71], outcome.errors
+    assert "free some space" in outcome.errors
+    assert str(outcome.folder) not in outcome.errors
+    assert outcome.codes["full, later"] == [0], outcome.errors
+    assert not [p for p in (outcome.folder / "full").rglob("*.part") if p.is_file()]
