@@ -33,6 +33,7 @@ SIDEWAYS = {
     ("data", "datasets"),
     ("classifier", "load"),
     ("distill", "pairing"),
+    ("evaluate", "pairing"),
 }
 TORCH_FREE = {"errors", "types", "registry", "config", "progress", "io", "datasets", "metrics", "tasks"}
 NEVER_TORCH = {"metrics"}

@@ -25,6 +25,7 @@ from chiasm.types import Sample
 if TYPE_CHECKING:
     from chiasm.datasets.reports import ReportCorpus
     from chiasm.evaluate.pairing_scores import PairingScores
+    from chiasm.io.manifest import RejectLog
     from chiasm.pairing import PairingRun
 
 #: What ``--report-column`` can name, and how `open_reports` calls it.
@@ -113,11 +114,8 @@ def run(
     least = _least(min_similarity)
     _check_choices(aggregate, correction)
     from chiasm.cli.inputs import load_encoder, open_table, say_rejected, select_rows
-    from chiasm.evaluate.page import save_page
-    from chiasm.evaluate.pairing_page import pairing_page
     from chiasm.evaluate.pairing_scores import score_pairing
-    from chiasm.io.manifest import RejectLog, write_json_atomic
-    from chiasm.io.pairs import save_pairs
+    from chiasm.io.manifest import RejectLog
     from chiasm.pairing import pair_reports
 
     dataset = open_table(images, group=group, columns=column, root=root, require=("image",))
@@ -140,27 +138,38 @@ def run(
         workers=workers,
         progress=make_progress(as_json, unit="rows"),
     )
-    save_pairs(out, found.pairs)
     scores = score_pairing(found, samples=samples, audit_label=audit_label, seed=seed)
     log = RejectLog([*dataset.rejected, *found.rejected])
-    if len(log):
-        log.write(out / "rejected.jsonl")
-    page = save_page(pairing_page(found, scores, samples, examples=examples, folder=out.name), out / "index.html")
-    result = {
-        **scores.to_dict(),
-        "corpus": corpus.to_dict(),
-        "header": found.pairs.header.to_dict(),
-        "found_in_cache": found.found,
-        "left_out": log.counts(),
-        "out": str(out),
-        "page": str(page),
-    }
-    write_json_atomic(out / "pairing.json", {k: v for k, v in result.items() if k not in ("out", "page")})
+    result = _write(out, found, scores, samples, log, examples)
     if as_json:
         print_json(result)
         return
-    _say(found, scores, page)
+    _say(found, scores, result["page"])
     say_rejected(log)
+
+
+def _write(
+    out: Path, found: PairingRun, scores: PairingScores, samples: Sequence[Sample], log: RejectLog, examples: int
+) -> dict[str, Any]:
+    """Write pairs, page and numbers, and return what ``--json`` prints."""
+    from chiasm.evaluate.page import save_page
+    from chiasm.evaluate.pairing_page import pairing_page
+    from chiasm.io.manifest import write_json_atomic
+    from chiasm.io.pairs import save_pairs
+
+    save_pairs(out, found.pairs)
+    if len(log):
+        log.write(out / "rejected.jsonl")
+    page = save_page(pairing_page(found, scores, samples, examples=examples, folder=out.name), out / "index.html")
+    numbers = {
+        **scores.to_dict(),
+        "corpus": found.corpus.to_dict(),
+        "header": found.pairs.header.to_dict(),
+        "found_in_cache": found.found,
+        "left_out": log.counts(),
+    }
+    write_json_atomic(out / "pairing.json", numbers)
+    return {**numbers, "out": str(out), "page": str(page)}
 
 
 def _least(text: str | None) -> float | Literal["auto"] | None:
@@ -209,7 +218,7 @@ def _corpus(source: str, columns: Sequence[str] | None, **filters: Any) -> Repor
     return open_reports(source, **filters, **named)
 
 
-def _say(found: PairingRun, scores: PairingScores, page: Path) -> None:
+def _say(found: PairingRun, scores: PairingScores, page: str) -> None:
     from chiasm.metrics.pairing import quantiles
 
     for count in found.corpus.filters:
