@@ -55,6 +55,7 @@ class VisionExport:
         difference: Largest difference of a logit between the training model and the torch form, on random inputs.
         onnx_difference: The same for ONNX Runtime; None without ONNX.
         largest_logit: Of the same inputs, what the differences are to be compared with.
+        rounding: Largest difference between the training model and itself when it takes these inputs one by one.
         text_free: What the torch form did where no text package can be imported.
         onnx_text_free: What ONNX did there; None without ONNX.
         proof: The content of ``PROOF.json``.
@@ -69,6 +70,7 @@ class VisionExport:
     difference: float
     onnx_difference: float | None
     largest_logit: float
+    rounding: float
     text_free: TextFree
     onnx_text_free: TextFree | None
     proof: Mapping[str, Any]
@@ -103,7 +105,8 @@ class VisionExport:
             f"{cost.formula_flops:,} operations per image",
             f"logits differ from the training model by at most {self.difference:.1e}"
             + ("" if self.onnx_difference is None else f" (torch) and {self.onnx_difference:.1e} (ONNX Runtime)")
-            + f"; the largest is {self.largest_logit:.1f}",
+            + f", {'within' if self.agrees else 'ABOVE'} {TOLERANCE:.0e} of the largest ({self.largest_logit:.1f}, at least 1)",
+            f"the training model differs from itself by {self.rounding:.1e} when it takes images one by one",
             *(f"not folded: {sentence}" for sentence in self.kept),
         ]
         for form, found in (("torch", self.text_free), ("ONNX", self.onnx_text_free)):
@@ -142,6 +145,7 @@ def export_vision_only(
         raise InputError("the classifier is an export already", hint="give the run of `chiasm distill`")
     probe = example_input(trained, PROBES, seed=SEED)
     wanted = trained.logits(probe).double().numpy()
+    alone = np.concatenate([trained.logits(row[None]).double().numpy() for row in probe])
     if trained.tower is not None and has_lora(trained.tower):
         merge_lora(trained.tower)
     folded = _folded(trained)
@@ -165,7 +169,9 @@ def export_vision_only(
         )
         if onnx:
             write_onnx(folded, staging, example=probe[:2])
-        export = _proven(staging, wanted, measure_cost(trained, folded), onnx=onnx, allow_code=allow_code)
+        rounding = float(np.abs(alone - wanted).max())
+        cost = measure_cost(trained, folded)
+        export = _proven(staging, wanted, cost, rounding=rounding, onnx=onnx, allow_code=allow_code)
         (staging / PROOF_FILE).write_text(to_json(export.proof, indent=1) + "\n", encoding="utf-8")
         (staging / READ_ME).write_text(_read_me(export), encoding="utf-8")
         files = {p.name: p.stat().st_size for p in sorted(staging.iterdir())}
@@ -188,7 +194,9 @@ def _folded(plain: VisionClassifier) -> VisionClassifier:
     ).eval()  # fmt: skip
 
 
-def _proven(folder: Path, wanted: NDArray[np.float64], cost: Cost, *, onnx: bool, allow_code: bool) -> VisionExport:
+def _proven(
+    folder: Path, wanted: NDArray[np.float64], cost: Cost, *, rounding: float, onnx: bool, allow_code: bool
+) -> VisionExport:
     """Load what was written and compare it with the training model, here and where there is no text package."""
     written = load_classifier(folder, allow_code=allow_code)
     heads = written.heads
@@ -207,7 +215,7 @@ def _proven(folder: Path, wanted: NDArray[np.float64], cost: Cost, *, onnx: bool
         graph_free = _checked(prove_text_free(folder, batch=len(wanted), seed=SEED, onnx=True), wanted, size)
     export = VisionExport(
         directory=folder, name=written.name, classes=written.classes, files={}, cost=cost, kept=heads.config.kept,
-        difference=difference, onnx_difference=graph_difference, largest_logit=size, text_free=free,
+        difference=difference, onnx_difference=graph_difference, largest_logit=size, rounding=rounding, text_free=free,
         onnx_text_free=graph_free, proof={},
     )  # fmt: skip
     return VisionExport(**{**vars(export), "proof": _proof(export, written)})
@@ -231,6 +239,7 @@ def _proof(export: VisionExport, written: VisionClassifier) -> dict[str, Any]:
             "largest_logit": export.largest_logit,
             "torch": export.difference,
             "onnx": export.onnx_difference,
+            "training_model_one_by_one": export.rounding,
             "agrees": export.agrees,
         },
         "text": {

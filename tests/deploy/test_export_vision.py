@@ -61,6 +61,7 @@ def test_the_proof_says_what_was_measured(exported: VisionExport) -> None:
     assert exported.needs_no_text
     assert proof["agreement"]["agrees"] is True
     assert proof["agreement"]["torch"] == exported.difference <= TOLERANCE
+    assert proof["agreement"]["training_model_one_by_one"] == exported.rounding <= TOLERANCE
     assert proof["agreement"]["onnx"] == exported.onnx_difference <= TOLERANCE
     assert proof["cost"]["agrees"] is True
     assert proof["cost"]["parameters"] - proof["cost"]["unimodal_parameters"] == proof["cost"]["formula_parameters"]
