@@ -158,7 +158,7 @@ def _write(
     from chiasm.io.pairs import save_pairs
 
     save_pairs(out, found.pairs)
-    if len(log):
+    if len(log) or (out / "rejected.jsonl").exists():  # not that of an earlier run
         log.write(out / "rejected.jsonl")
     page = save_page(pairing_page(found, scores, samples, examples=examples, folder=out.name), out / "index.html")
     numbers = {
