@@ -162,6 +162,7 @@ def run_stage(
     found = files.load(files.result) if files is not None else None
     if found is not None and files is not None:
         tensors, position, about = found
+        files.checkpoint.unlink(missing_ok=True)  # of a run that was killed between the two
         return _result(stage, key, tensors, position, about, files, reused=True)
     plan = Plan.of(config, rows, warmup=warmup)
     with reproducible(around.device):
