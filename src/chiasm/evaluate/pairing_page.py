@@ -64,7 +64,8 @@ def pairing_page(
         examples: Pairs to show with picture and text; 0: none, and the page holds nothing of a patient.
         folder: Name of the folder of pairs, for the commands.
     """
-    sections = [_made_of(run, scores), _similarity(scores), _sharing(scores), _control(scores)]
+    corrected = run.pairs.header.correction != "none"
+    sections = [_made_of(run, scores), _similarity(scores, corrected), _sharing(scores), _control(scores)]
     if scores.audit is not None:
         sections.append(_audit(scores.audit))
     if examples and scores.paired:
@@ -158,7 +159,7 @@ def _made_of(run: PairingRun, scores: PairingScores) -> Section:
     )
 
 
-def _similarity(scores: PairingScores) -> Section:
+def _similarity(scores: PairingScores, corrected: bool) -> Section:
     line = None if scores.min_similarity is None else (scores.min_similarity, "least similarity")
     columns = quantiles([])
     rows = tuple(
@@ -174,7 +175,8 @@ def _similarity(scores: PairingScores) -> Section:
         leads = (
             Figure(
                 distributions({"lead": scores.margin}, xlabel="similarity of the best report less that of the second"),
-                "Near 0 the choice between the first two reports is a matter of chance.",
+                "Near 0 the choice between the first two reports is a matter of chance."
+                + (" Of similarities after the correction." if corrected else ""),
             ),
         )
     return Section(
