@@ -24,7 +24,7 @@ from chiasm.checkpoints import native
 from chiasm.classifier import VisionClassifier, load_classifier, save_classifier
 from chiasm.deploy.cost import Cost, example_input, measure_cost
 from chiasm.deploy.onnx import MODEL_FILE, load_onnx, require_exporter, write_onnx
-from chiasm.deploy.text_free import TextFree, prove_text_free
+from chiasm.deploy.text_free import Form, TextFree, prove_text_free
 from chiasm.encoders.adapters import has_lora, merge_lora
 from chiasm.encoders.fold import FoldedHeads, fold_heads
 from chiasm.encoders.heads import DistilledHeads
@@ -209,14 +209,13 @@ def _proven(
         graph = load_onnx(folder)
         found = np.concatenate([graph.logits(probe[:1].numpy()), graph.logits(probe[1:].numpy())])
         graph_difference = _difference(found.astype(np.float64), wanted, size, "ONNX form")
-    free = _checked(prove_text_free(folder, batch=len(wanted), seed=SEED, allow_code=allow_code), wanted, size)
-    graph_free = None
-    if onnx:
-        graph_free = _checked(prove_text_free(folder, batch=len(wanted), seed=SEED, onnx=True), wanted, size)
+    forms: tuple[Form, ...] = ("torch", "onnx") if onnx else ("torch",)
+    proofs = prove_text_free(folder, batch=len(wanted), seed=SEED, forms=forms, allow_code=allow_code)
+    free = {form: _checked(found, wanted, size) for form, found in proofs.items()}
     export = VisionExport(
         directory=folder, name=written.name, classes=written.classes, files={}, cost=cost, kept=heads.config.kept,
-        difference=difference, onnx_difference=graph_difference, largest_logit=size, rounding=rounding, text_free=free,
-        onnx_text_free=graph_free, proof={},
+        difference=difference, onnx_difference=graph_difference, largest_logit=size, rounding=rounding, text_free=free["torch"],
+        onnx_text_free=free.get("onnx"), proof={},
     )  # fmt: skip
     return VisionExport(**{**vars(export), "proof": _proof(export, written)})
 

@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_it_predicts_the_same_without_text_packages(folder: Path) -> None:
-    proof = prove_text_free(folder, batch=3, seed=5)
+    proof = prove_text_free(folder, batch=3, seed=5)["torch"]
     assert proof.passed, proof.problem
     assert proof.asked_for == ()
     classifier = load_classifier(folder)
@@ -86,7 +86,7 @@ def test_the_blocker_really_blocks(folder: Path, tmp_path: Path) -> None:
     )
     heads = DistilledHeads(HeadsConfig(width=8, classes=2, text_dim=4))
     save_classifier(tmp_path, heads, classes=("a", "b"), tower=build_backbone(encoder), config=encoder)
-    proof = prove_text_free(tmp_path, batch=2, seed=0)
+    proof = prove_text_free(tmp_path, batch=2, seed=0)["torch"]
     assert not proof.passed
     assert "transformers" in proof.asked_for
     assert "transformers" in proof.problem

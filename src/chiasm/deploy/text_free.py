@@ -1,6 +1,6 @@
 """The proof that an exported classifier needs no text: every text package is blocked, then it is loaded and predicts.
 
-    python -m chiasm.deploy.text_free FOLDER [--batch N] [--seed S] [--onnx] [--allow-code]
+    python -m chiasm.deploy.text_free FOLDER [--batch N] [--seed S] [--forms torch,onnx] [--allow-code]
 
 runs in a process of its own and prints one JSON document: logits on random input, what was blocked, and what of it was
 asked for. Whoever does not trust chiasm's word can run it on another machine. No file but the export is read.
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,7 @@ BLOCKED = (
     "chiasm.encoders.text",
 )  # fmt: skip
 SECONDS = 600
+Form = Literal["torch", "onnx"]
 
 
 @dataclass(frozen=True)
@@ -101,27 +102,31 @@ class TextBlocker(importlib.abc.MetaPathFinder):
 
 
 def prove_text_free(
-    folder: str | Path, *, batch: int, seed: int, onnx: bool = False, allow_code: bool = False
-) -> TextFree:
+    folder: str | Path, *, batch: int, seed: int, forms: Sequence[Form] = ("torch",), allow_code: bool = False
+) -> dict[Form, TextFree]:
     """Load an export in a process in which no text package can be imported, and let it predict.
 
     Args:
         folder: The export.
         batch: Rows of random input; see :func:`chiasm.deploy.cost.example_input`.
         seed: Of the input.
-        onnx: Run ``model.onnx`` instead of the torch form.
+        forms: Which of its forms to load, one after the other.
         allow_code: See :func:`chiasm.classifier.load_classifier`.
 
     Raises:
         CheckpointError: The process could not be run at all.
     """
     command = [sys.executable, "-m", "chiasm.deploy.text_free", str(Path(folder).resolve()), "--batch", str(batch)]
-    command += ["--seed", str(seed), *(["--onnx"] if onnx else []), *(["--allow-code"] if allow_code else [])]
+    command += ["--seed", str(seed), "--forms", ",".join(forms), *(["--allow-code"] if allow_code else [])]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
-        value = json.loads(done.stdout.strip().splitlines()[-1])
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
+        values = json.loads(done.stdout.strip().splitlines()[-1])
+        return {form: _answer(values[form]) for form in forms}
+    except (OSError, subprocess.SubprocessError, KeyError, TypeError, ValueError, IndexError) as error:
         raise CheckpointError("the process that proves the freedom from text could not be run") from error
+
+
+def _answer(value: dict[str, Any]) -> TextFree:
     logits = None if value["logits"] is None else np.array(value["logits"])
     return TextFree(value["passed"], BLOCKED, tuple(value["asked_for"]), logits, value["problem"])
 
@@ -134,36 +139,46 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("folder")
     parser.add_argument("--batch", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--onnx", action="store_true")
+    parser.add_argument("--forms", default="torch", help="torch, onnx or torch,onnx")
     parser.add_argument("--allow-code", action="store_true")
     given = parser.parse_args(arguments)
     blocker = TextBlocker()
     blocker.install()
-    result: dict[str, Any] = {"passed": False, "problem": "", "logits": None}
-    try:
+    results: dict[str, dict[str, Any]] = {}
+    for form in given.forms.split(","):
+        blocker.asked_for.clear()
+        result: dict[str, Any] = {"passed": False, "problem": "", "logits": None}
+        try:
+            result["logits"] = _logits(form, given.folder, given.batch, given.seed, given.allow_code)
+            result["passed"] = True
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is the answer
+            result["problem"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        results[form] = {**result, "asked_for": sorted(blocker.asked_for)}
+    sys.stdout.write(json.dumps(results) + "\n")
+
+
+def _logits(form: str, folder: str, batch: int, seed: int, allow_code: bool) -> list[list[float]]:
+    """Predict on random input; then on an image, all the way: decoded, prepared, classified."""
+    model: Any
+    logits: NDArray[Any]
+    if form == "onnx":
+        from chiasm.deploy.onnx import load_onnx
+
+        model = load_onnx(folder)
+        logits = model.logits(model.example(batch, seed=seed))
+    else:
         from chiasm.classifier import load_classifier
         from chiasm.deploy.cost import example_input
 
-        if given.onnx:
-            from chiasm.deploy.onnx import load_onnx
+        model = load_classifier(folder, allow_code=allow_code)
+        logits = model.logits(example_input(model, batch, seed=seed)).double().numpy()
+    if model.preprocess is not None:
+        from PIL import Image
 
-            graph = load_onnx(given.folder)
-            result["logits"] = graph.logits(graph.example(given.batch, seed=given.seed)).tolist()
-            model: Any = graph
-        else:
-            classifier = load_classifier(given.folder, allow_code=given.allow_code)
-            found = classifier.logits(example_input(classifier, given.batch, seed=given.seed))
-            result["logits"] = found.double().tolist()
-            model = classifier
-        if model.preprocess is not None:  # an image all the way: decoded, prepared, classified
-            from PIL import Image
-
-            ramp = np.add.outer(np.arange(97), np.arange(131)).astype(np.uint8)
-            model.predict([Image.fromarray(ramp)], workers=0)
-        result["passed"] = True
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is the answer
-        result["problem"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    sys.stdout.write(json.dumps({**result, "asked_for": sorted(blocker.asked_for)}) + "\n")
+        ramp = np.add.outer(np.arange(97), np.arange(131)).astype(np.uint8)
+        model.predict([Image.fromarray(ramp)], workers=0)
+    found: list[list[float]] = logits.tolist()
+    return found
 
 
 if __name__ == "__main__":
