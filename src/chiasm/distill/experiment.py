@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,11 +28,15 @@ from chiasm.distill.results import StageResult, trained_tower
 from chiasm.distill.synthetic import make_synthetic
 from chiasm.distill.targets import TextSources
 from chiasm.distill.text_targets import text_sources
+from chiasm.distill.text_tower import RowTexts, TextTower
 from chiasm.distill.texts import Retriever, TextMaterial, open_corpus, open_texts
 from chiasm.errors import ConfigError
 from chiasm.io.manifest import Rejected, count_reasons
 from chiasm.progress import Progress
 from chiasm.types import digest_of
+
+if TYPE_CHECKING:
+    from chiasm.encoders.base import Encoder
 
 #: Why an arm cannot be run, by the kind of its targets.
 _ABSENT = {
@@ -56,6 +60,8 @@ class SeedSetup:
         notes: What every output must say.
         facts: Counts and digests for ``data.json``.
         pool: For features of a tower that was trained.
+        row_texts: The texts themselves, by kind of target.
+        encoder: Whose text side is adapted, with ``fuse.text_lora``; None otherwise.
     """
 
     seed: int
@@ -67,6 +73,15 @@ class SeedSetup:
     notes: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     pool: ImagePool | None = None
+    row_texts: Mapping[str, RowTexts] = field(default_factory=dict)
+    encoder: Encoder | None = None
+
+    def text_tower(self, arm: Arm) -> nn.Module | None:
+        """Return the text tower that an arm adapts, with ``fuse.text_lora``; None where texts stay as they are."""
+        if self.encoder is None or arm.targets == "none":
+            return None
+        texts = self.row_texts["pairs" if arm.targets == "shuffled" else arm.targets]
+        return TextTower(self.encoder, texts.dealt_out(self.seed) if arm.targets == "shuffled" else texts)
 
     @property
     def tower(self) -> nn.Module | None:
@@ -97,6 +112,8 @@ class SeedSetup:
             return "no training image has such a text"
         if arm.targets == "random" and self.sources.train_reports is None:
             return "it is not known which report is paired with which image"
+        if self.encoder is not None and (kind not in self.row_texts or arm.targets == "random"):
+            return "`fuse.text_lora` has no such text to adapt"
         return None
 
 
@@ -180,8 +197,7 @@ class Experiment:
         problem = self._problem(division, backbone)
         if recipe.backbone.unimodal != "full":
             problem = _with_features(problem, self.pool, backbone, division)
-        sources, found = text_sources(recipe, self.material, self.retriever, division, images)
-        pairs = sources.given["pairs"]
+        texts = text_sources(recipe, self.material, self.retriever, division, images)
         facts = {
             "source": images.name,
             "label": images.label,
@@ -190,19 +206,29 @@ class Experiment:
             "rejected": count_reasons(images.rejected),
             "left_out": dict(images.left_out),
             "backbone": {"name": backbone.name, "width": backbone.width, "digest": backbone.digest},
-            "texts": {**self.material.facts, **found},
+            "texts": {**self.material.facts, **texts.facts},
             "digest": problem.digest,
         }
         notes = data_notes(images, division, data)
         if not len(division.validation):
             notes = (*notes, "nothing is held out for validation: the last weights of each stage are kept")
-        return SeedSetup(seed, problem, sources, pairs.dim, backbone, division, notes, facts, self.pool)
+        encoder = None
+        if recipe.fuse.text_lora is not None:
+            if self.retriever is None or "pairs" not in texts.row_texts:
+                raise ConfigError("`fuse.text_lora` needs the reports themselves", hint="name `pairing.reports`")
+            encoder = self.retriever.encoder
+        return SeedSetup(
+            seed, problem, texts.sources, texts.sources.given["pairs"].dim, backbone, division, notes, facts, self.pool,
+            texts.row_texts, encoder,
+        )  # fmt: skip
 
     def _synthetic(self, seed: int) -> SeedSetup:
         recipe = self.recipe
         assert recipe.data.synthetic is not None
         if recipe.backbone.unimodal == "full" or recipe.backbone.lora is not None:
             raise ConfigError("`backbone` has a tower to train, but `data.synthetic` has no images")
+        if recipe.fuse.text_lora is not None:
+            raise ConfigError("`fuse.text_lora` has no text to adapt: those of `data.synthetic` are made-up vectors")
         problem, sources = make_synthetic(recipe.data.synthetic, seed=seed)
         config = recipe.data.synthetic
         notes = (

@@ -171,7 +171,7 @@ class ArmRunner:
         around = self._around(arm.name)
         return run_arm(
             locked.problem, self._targets(arm), arm, recipe, seed=setup.seed, unimodal=self._unimodal,
-            text_dim=setup.text_dim, tower=setup.tower, text_tower=None, around=around,
+            text_dim=setup.text_dim, tower=setup.tower, text_tower=setup.text_tower(arm), around=around,
         )  # fmt: skip
 
     @property

@@ -6,7 +6,8 @@ only; the one kind that sees labels is ``label``, which is there to show what a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from chiasm.distill.data import Division, LabelledImages
 from chiasm.distill.problem import Targets
 from chiasm.distill.recipe import DistillRecipe, PairingConfig
 from chiasm.distill.targets import ReportIds, TextSources, make_targets
+from chiasm.distill.text_tower import RowTexts
 from chiasm.distill.texts import Retriever, TextMaterial
 from chiasm.errors import ConfigError, InputError
 from chiasm.io.pairs import load_pairs
@@ -26,13 +28,28 @@ from chiasm.types import Embeddings
 Floats = NDArray[np.float64]
 
 
+@dataclass(frozen=True)
+class SeedTexts:
+    """The texts of one seed's rows.
+
+    Attributes:
+        sources: Targets by kind.
+        row_texts: The texts themselves by kind, where they are known: for a text tower that is adapted.
+        facts: Counts about pairs.
+    """
+
+    sources: TextSources
+    row_texts: Mapping[str, RowTexts]
+    facts: Mapping[str, Any]
+
+
 def text_sources(
     recipe: DistillRecipe,
     material: TextMaterial,
     retriever: Retriever | None,
     division: Division,
     images: LabelledImages,
-) -> tuple[TextSources, dict[str, Any]]:
+) -> SeedTexts:
     """Return the targets of all kinds that there are, and what is known about the pairs.
 
     Args:
@@ -50,6 +67,7 @@ def text_sources(
     n = len(division.train)
     seen = None if retriever is None else _seen(retriever, rows)
     given: dict[str, Targets] = {}
+    known: dict[str, RowTexts] = {}
     if config.pairs is not None:
         ids = [images.table.samples[r].id for r in rows]
         vectors, mask, reports, weights, facts = _from_folder(config, ids, retriever)
@@ -63,18 +81,21 @@ def text_sources(
         reports, mask, facts = found.report_rows, found.paired, pair_facts(found)
         weights = pair_weights(reports, found.similarity, config.temperature)
         vectors = _weighted(material.chunks.vectors, found.chunk_rows, weights)
+        known["pairs"] = RowTexts(tuple(c.text for c in material.spans), found.chunk_rows, weights, n)
     given["pairs"] = _two(vectors, mask, n)
     if seen is not None and material.prompts is not None and material.prompt_class is not None:
         sentences = np.arange(len(material.prompts))
         nearest = pair(seen, material.prompts, report_of=sentences).report_rows[:, 0]
         every = np.ones(len(rows), bool)
         given["prompts"] = _two(material.prompts.vectors[nearest], every, n)
+        known["prompts"] = RowTexts(material.sentences, nearest[:, None], np.ones((len(rows), 1)), n)
         classes = class_vectors(material.prompts, material.prompt_class, len(images.classes))
         given["label"] = _two(classes[division.labels[rows]], every, n)
     if material.own is not None:
         own = material.own[rows]
         given["own"] = _two(own, own.any(axis=1), n)
-    return TextSources(given, ReportIds(reports[:n], weights[:n]), ReportIds(reports[n:], weights[n:])), facts
+    sources = TextSources(given, ReportIds(reports[:n], weights[:n]), ReportIds(reports[n:], weights[n:]))
+    return SeedTexts(sources, known, facts)
 
 
 def _from_folder(

@@ -25,6 +25,7 @@ from chiasm.distill.data import LabelledImages
 from chiasm.distill.recipe import DistillRecipe, PairingConfig
 from chiasm.embed import embed_texts
 from chiasm.errors import ConfigError
+from chiasm.io.report import clean_report
 from chiasm.progress import Progress, SilentProgress
 from chiasm.train.features import cached_rows
 from chiasm.train.pairs import draw_phantoms
@@ -139,6 +140,7 @@ class TextMaterial:
         spans: Chunks with their place in the report; empty where texts are made up.
         prompts: Class sentences; None where there are none.
         prompt_class: (sentences,), class number of each.
+        sentences: What ``prompts`` are the vectors of.
         own: (n, dim) of all images: the mean of the unit vectors of each own text's chunks, of unit length; zero where an
             image has no text. None when no image has one.
         facts: Digests and counts.
@@ -151,6 +153,7 @@ class TextMaterial:
     prompt_class: NDArray[np.int64] | None
     own: NDArray[np.float32] | None
     facts: Mapping[str, Any]
+    sentences: tuple[str, ...] = ()
 
 
 def open_texts(
@@ -170,12 +173,14 @@ def open_texts(
     nothing = np.zeros(0, np.int64)
     if retriever is None:
         return TextMaterial(None, nothing, (), None, None, None, {})
-    overlap = recipe.pairing.overlap_tokens
     tokenizer = retriever.encoder.tokenizer
+    overlap = recipe.pairing.overlap_tokens
     sentences = class_sentences(recipe.pairing, images)
     prompts = prompt_class = None
+    said: tuple[str, ...] = ()
     if sentences is not None:
-        prompts = retriever.texts([s for c in images.classes for s in sentences[c]])
+        said = tuple(s for c in images.classes for s in sentences[c])
+        prompts = retriever.texts(said)
         prompt_class = np.array([i for i, c in enumerate(images.classes) for _ in sentences[c]], np.int64)
     own = own_vectors(images.own_texts, retriever, overlap_tokens=overlap)
     facts: dict[str, Any] = {
@@ -183,7 +188,7 @@ def open_texts(
         "own_texts": 0 if own is None else int(own.any(axis=1).sum()),
     }
     if corpus is None:
-        return TextMaterial(None, nothing, (), prompts, prompt_class, own, facts)
+        return TextMaterial(None, nothing, (), prompts, prompt_class, own, facts, said)
     first = corpus.first_rows
     spans = tuple(c for c in chunk_reports(corpus, tokenizer, overlap_tokens=overlap) if first[c.report] == c.report)
     facts |= {
@@ -192,7 +197,8 @@ def open_texts(
         "chunking": describe_chunking(tokenizer, overlap_tokens=overlap),
     }
     reports = np.array([c.report for c in spans], np.int64)
-    return TextMaterial(retriever.texts([c.text for c in spans]), reports, spans, prompts, prompt_class, own, facts)
+    chunks = retriever.texts([c.text for c in spans])
+    return TextMaterial(chunks, reports, spans, prompts, prompt_class, own, facts, said)
 
 
 def open_corpus(recipe: DistillRecipe, *, progress: Progress | None = None) -> ReportCorpus:
@@ -265,7 +271,7 @@ def own_vectors(
     texts: Sequence[str | None], retriever: Retriever, *, overlap_tokens: int | None
 ) -> NDArray[np.float32] | None:
     """Return one unit vector per image for its own text, zeros where it has none; None when none has one."""
-    rows = [i for i, t in enumerate(texts) if t is not None and t.strip()]
+    rows = [i for i, t in enumerate(texts) if t is not None and clean_report(t)]
     if not rows:
         return None
     corpus = ReportCorpus.from_texts([str(texts[i]) for i in rows], name="own texts")
