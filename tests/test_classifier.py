@@ -285,3 +285,11 @@ def test_where_a_classifier_is_looked_for(folder: Path, tmp_path: Path) -> None:
     native.save_model_dir(tmp_path / "encoder", {"a": torch.zeros(1)}, name="e", config={})
     with pytest.raises(CheckpointError, match="holds an encoder"):
         find_classifier(tmp_path / "encoder")
+
+
+def test_an_encoder_is_not_looked_for_in_a_classifier(folder: Path) -> None:
+    from chiasm.load import load
+
+    with pytest.raises(CheckpointError, match="a vision classifier, not an encoder") as caught:
+        load(folder)
+    assert "classify" in str(caught.value)

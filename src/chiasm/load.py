@@ -301,6 +301,11 @@ def _read(path: Path, family: str | None, expected: EncoderConfig | None = None)
     if native.is_model_dir(path):
         found = native.read_model_dir(path)
         return _Source(found.name, _config(found.config), found.tensors)
+    if native.is_model_dir(path, form=native.CLASSIFIER):
+        raise CheckpointError(
+            f"folder `{path.name}` holds a vision classifier, not an encoder",
+            hint="`chiasm classify` uses it, `chiasm export --vision-only` exports it; `chiasm.classifier.load_classifier`",
+        )
     if (path / open_clip.CONFIG_FILE).is_file():
         tensors, config = open_clip.read_model_dir(path)
     elif (path / "config.json").is_file():
