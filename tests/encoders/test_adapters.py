@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -143,6 +144,22 @@ def test_merging_a_fused_matrix_is_exact_to_1e_6() -> None:
     merge_lora(tower.train())  # dropout must not enter the merged weights
     assert float((tower[0](x)[0] - adapted).abs().max() / adapted.abs().max()) <= 1e-6
     assert type(tower[0]) is Attention
+
+
+def test_a_copy_and_its_original_are_merged_one_after_the_other() -> None:
+    """Merging one of them took the adapted matrix from the other, whose class was the same."""
+    torch.manual_seed(0)
+    tower = nn.Sequential(Attention(16, 2))
+    for parameter in tower.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    apply_lora(tower, LoraConfig(rank=2))
+    disturb(tower)
+    twin = copy.deepcopy(tower).eval()
+    x = torch.randn(3, 5, 16)
+    adapted = tower.eval()[0](x)[0].detach()
+    for one in (twin, tower):
+        torch.testing.assert_close(merge_lora(one)[0](x)[0], adapted)
+        assert type(one[0]) is Attention
 
 
 def test_convolutions_are_adapted_where_they_carry_the_tower() -> None:

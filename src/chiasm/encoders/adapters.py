@@ -188,6 +188,9 @@ def merge_lora(module: nn.Module) -> nn.Module:
     module.eval()
     for _, child in list(module.named_modules()):
         if isinstance(child, Attention) and parametrize.is_parametrized(child, FUSED):
+            # torch takes the property off the class, which a deep copy shares with its original: give this one its own.
+            kind = type(child)
+            child.__class__ = type(kind.__name__, kind.__bases__, dict(kind.__dict__))
             parametrize.remove_parametrizations(child, FUSED, leave_parametrized=True)
             child.in_proj_weight.requires_grad_(False)
     if not has_lora(module):
