@@ -109,6 +109,10 @@ def test_a_folder_keeps_its_run(phantom_recipe, tmp_path):
     with pytest.raises(CheckpointError, match="another recipe"):
         distill(phantom_recipe(fuse={"kd_weight": 3.0}), out=tmp_path, resume=True)
     assert weights(tmp_path) == before
+    begun = tmp_path / "begun"
+    with pytest.raises(InputError, match=r"absent\.txt"):
+        distill(phantom_recipe(pairing={"reports": "absent.txt"}), out=begun)
+    distill(recipe, out=begun)  # nothing was there that could be lost
     (tmp_path / "notes.txt").write_text("mine")
     distill(phantom_recipe(fuse={"kd_weight": 3.0, "steps": 7}), out=tmp_path, overwrite=True)
     assert weights(tmp_path) != before
@@ -256,6 +260,21 @@ def load_synthetic():
     from chiasm.distill.recipe import SyntheticConfig
 
     return SyntheticConfig(train=20, test=20, reports=20)
+
+
+def test_reports_of_the_same_patients_are_told(files_recipe, tmp_path):
+    recipe, folder, _ = files_recipe
+    columns = {"text": "title", "id": "id", "patient": "patient_id"}
+    same = replace(recipe, pairing=replace(recipe.pairing, reports=str(folder / "table.csv"), columns=columns))
+    notes = Experiment(same, cache=tmp_path).prepare(0).notes
+    assert any("of patients whose images are used for test" in note for note in notes)
+    assert not any("of patients whose" in note for note in Experiment(recipe, cache=tmp_path).prepare(0).notes)
+
+
+def test_numbers_go_to_a_tracker_too(synthetic_recipe, tmp_path):
+    pytest.importorskip("tensorboard")
+    distill(synthetic_recipe(run={"log": ("tensorboard",)}), out=tmp_path)
+    assert list((tmp_path / "tensorboard").iterdir())
 
 
 def test_predictions_come_back_to_the_last_bit(tmp_path):

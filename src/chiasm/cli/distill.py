@@ -66,12 +66,10 @@ def run(
         chosen = None if arms is None else [a.strip() for a in arms.split(",") if a.strip()]
         done = run_controls(plan, seeds=seeds, arms=chosen, **options)
     except KeyboardInterrupt:
-        kept = (folder / "recipe.toml").exists()
-        raise KeyboardInterrupt(
-            "interrupted; the same command with `--resume` goes on from what is finished"
-            if kept
-            else "interrupted before anything was begun; nothing was kept"
-        ) from None
+        from chiasm.distill.run_folder import holds_run
+
+        how = "the same command with `--resume`" if holds_run(folder) else "the same command"
+        raise KeyboardInterrupt(f"interrupted; {how} goes on from what is finished") from None
     scores, page = report(done, plan, f"{command} --controls --seeds {seeds}")
     if as_json:
         print_json(as_record(done, scores, page))

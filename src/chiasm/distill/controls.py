@@ -17,7 +17,7 @@ from typing import Any
 from chiasm.distill.arms import ARMS, STANDARD, Arm
 from chiasm.distill.experiment import Experiment
 from chiasm.distill.recipe import DistillRecipe
-from chiasm.distill.run import MAIN, ArmRunner, save_model, score
+from chiasm.distill.run import MAIN, ArmRunner, open_sinks, save_model, score
 from chiasm.distill.run_folder import RunFolder, open_run, read_predictions, write_predictions, write_rejects
 from chiasm.distill.stages import ArmResult
 from chiasm.errors import ConfigError, FileFormatError, InputError, UnknownName
@@ -91,23 +91,24 @@ def run_controls(
     impossible: dict[str, str] = {}
     notes: tuple[str, ...] = ()
     data: Mapping[str, Any] = {}
-    for seed in numbers:
-        setup = experiment.prepare(seed)
-        if not data:
-            notes, data = setup.notes, setup.facts
-            write_rejects(folder, experiment.rejected)
-            write_json_atomic(folder.path / "data.json", dict(data) | {"notes": list(notes)})
-        runner = ArmRunner(recipe, setup, folder, progress=progress)
-        for arm in chosen:
-            reason = setup.impossible(arm)
-            if reason is not None:
-                if arms is not None:
+    with open_sinks(recipe, folder.path) as sinks:
+        for seed in numbers:
+            setup = experiment.prepare(seed)
+            if not data:
+                notes, data = setup.notes, setup.facts
+                write_rejects(folder, experiment.rejected)
+                write_json_atomic(folder.path / "data.json", dict(data) | {"notes": list(notes)})
+            for arm in chosen:
+                reason = setup.impossible(arm)
+                if reason is not None and arms is not None:
                     raise ConfigError(f"the arm `{arm.name}` cannot be run: {reason}")
-                impossible[arm.name] = reason
-                continue
-            found.append(run_arm_once(runner, arm, folder))
-            if arm.name == MAIN and seed == recipe.seed:
-                _keep_model(runner, arm, found[-1])
+                if reason is not None:
+                    impossible[arm.name] = reason
+            runner = ArmRunner(recipe, setup, folder, progress=progress, sinks=sinks)
+            for arm in (a for a in chosen if a.name not in impossible):
+                found.append(run_arm_once(runner, arm, folder))
+                if arm.name == MAIN and seed == recipe.seed:
+                    _keep_model(runner, arm, found[-1])
     names = tuple(a.name for a in chosen if a.name not in impossible)
     found = [p for p in found if p.arm in names]
     found.sort(key=lambda p: (names.index(p.arm), p.seed))

@@ -209,7 +209,7 @@ class Experiment:
             "texts": {**self.material.facts, **texts.facts},
             "digest": problem.digest,
         }
-        notes = data_notes(images, division, data)
+        notes = (*data_notes(images, division, data), *_shared_patients(self.material, problem))
         if not len(division.validation):
             notes = (*notes, "nothing is held out for validation: the last weights of each stage are kept")
         encoder = None
@@ -279,6 +279,17 @@ class _RowPixels:
 
     def __call__(self, rows: NDArray[np.int64], rng: np.random.Generator | None) -> Any:
         return self.pixels(self.rows[rows], rng)
+
+
+def _shared_patients(material: TextMaterial, problem: Problem) -> tuple[str, ...]:
+    """Return a note where reports are of the very patients whose images are used: those pairs came with the data."""
+    notes = []
+    for side, rows in (("training", problem.train), ("validation", problem.validation), ("test", problem.test)):
+        groups = set(rows.groups)
+        n = sum(p in groups for p in material.patients)
+        if n:
+            notes.append(f"{n} reports of the corpus are of patients whose images are used for {side}")
+    return tuple(notes)
 
 
 def _with_features(problem: Problem, pool: ImagePool, backbone: Backbone, division: Division) -> Problem:

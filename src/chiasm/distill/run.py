@@ -40,6 +40,7 @@ from chiasm.metrics.weighted import (
     multiclass_auroc_statistic,
 )
 from chiasm.progress import Progress, SilentProgress
+from chiasm.train.log import RunLog, Sink, TensorBoardSink, WandbSink
 from chiasm.types import Interval
 
 #: The arm that a plain run trains.
@@ -115,6 +116,7 @@ def distill(
     """
     began = time.perf_counter()
     folder = open_run(recipe, out=out, resume=resume, overwrite=overwrite)
+    sinks = open_sinks(recipe, folder.path)
     experiment = Experiment(recipe, cache=folder.cache, progress=progress)
     setup = experiment.prepare(recipe.seed)
     write_rejects(folder, experiment.rejected)
@@ -122,8 +124,9 @@ def distill(
     reason = setup.impossible(MAIN)
     if reason is not None:
         raise ConfigError(f"nothing can be distilled: {reason}", hint="look at `pairing` in the recipe")
-    runner = ArmRunner(recipe, setup, folder, progress=progress)
-    trained = runner.run(MAIN)
+    with sinks:
+        runner = ArmRunner(recipe, setup, folder, progress=progress, sinks=sinks)
+        trained = runner.run(MAIN)
     answers = runner.answers(trained)
     first = runner.answers(replace(trained, arm=ARMS["unimodal"], final=trained.unimodal))
     metrics, unimodal = score(answers), score(first)
@@ -146,15 +149,24 @@ class ArmRunner:
         setup: Of the seed.
         folder: Of the run.
         progress: Told after every step.
+        sinks: Where else the numbers of every validation go.
     """
 
     def __init__(
-        self, recipe: DistillRecipe, setup: SeedSetup, folder: RunFolder, *, progress: Progress | None = None
+        self,
+        recipe: DistillRecipe,
+        setup: SeedSetup,
+        folder: RunFolder,
+        *,
+        progress: Progress | None = None,
+        sinks: RunLog | None = None,
     ) -> None:
         self.recipe = recipe
         self.setup = setup
         self.folder = folder
         self.progress = progress or SilentProgress()
+        self.sinks = sinks or RunLog()
+        self._logged = 0
         self._unimodal: StageResult | None = None
         self._locked: SeedSetup | None = None
 
@@ -189,7 +201,14 @@ class ArmRunner:
 
     def _around(self, name: str) -> Surroundings:
         named = NamedProgress(self.progress, f"seed {self.setup.seed}, {name}")
-        return Surroundings(cache=self.folder.stages, device=self.recipe.run.device, progress=named)
+
+        def log(kind: str, step: int, values: Mapping[str, float]) -> None:
+            # Steps begin anew with every stage, and trackers want them to rise.
+            self._logged += 1
+            place = f"{name}/seed-{self.setup.seed}/{named.stage}/{kind}"
+            self.sinks.write(place, self._logged, {**values, "step": step})
+
+        return Surroundings(cache=self.folder.stages, device=self.recipe.run.device, progress=named, log=log)
 
     def answers(self, result: ArmResult) -> ArmPredictions:
         """Return what an arm says about the test images."""
@@ -215,9 +234,11 @@ class NamedProgress:
     def __init__(self, inner: Progress, name: str) -> None:
         self.inner = inner
         self.name = name
+        self.stage = ""
 
     def start(self, total: int | None, description: str) -> None:
         """Begin a stage."""
+        self.stage = description
         self.inner.start(total, f"{self.name}: {description}")
 
     def advance(self, n: int = 1, **fields: float | str) -> None:
@@ -227,6 +248,20 @@ class NamedProgress:
     def finish(self) -> None:
         """End the stage."""
         self.inner.finish()
+
+
+def open_sinks(recipe: DistillRecipe, folder: Path) -> RunLog:
+    """Open the trackers that the recipe asks for; use as a context manager.
+
+    Raises:
+        MissingExtra: A tracker's package is not installed.
+    """
+    sinks: list[Sink] = []
+    if "tensorboard" in recipe.run.log:
+        sinks.append(TensorBoardSink(folder / "tensorboard"))
+    if "wandb" in recipe.run.log:
+        sinks.append(WandbSink(folder, name=recipe.name, config={"digest": recipe.digest}))
+    return RunLog(sinks)
 
 
 def score(answers: ArmPredictions) -> dict[str, Interval]:

@@ -68,7 +68,7 @@ def open_run(
     if chosen is None:
         raise ConfigError("the recipe names no `run.out`", hint="pass `--out FOLDER`")
     folder = Path(chosen if out is not None else expand_path(str(chosen), "run.out"))
-    if (folder / "recipe.toml").exists():
+    if holds_run(folder):
         if not (resume or overwrite):
             raise InputError(
                 f"folder `{folder.name}` holds a run already",
@@ -82,6 +82,11 @@ def open_run(
     _tidy(folder, cache)
     write_bytes_atomic(folder / "recipe.toml", to_toml(recipe).encode())
     return RunFolder(folder, cache)
+
+
+def holds_run(folder: Path) -> bool:
+    """Return whether a run has got beyond its data there: what broke off before may be started again."""
+    return (folder / "recipe.toml").exists() and any((folder / n).exists() for n in ("data.json", "stages", "arms"))
 
 
 def _check_same(folder: Path, recipe: DistillRecipe) -> None:

@@ -141,6 +141,7 @@ class TextMaterial:
         prompts: Class sentences; None where there are none.
         prompt_class: (sentences,), class number of each.
         sentences: What ``prompts`` are the vectors of.
+        patients: Of the reports, where they are known.
         own: (n, dim) of all images: the mean of the unit vectors of each own text's chunks, of unit length; zero where an
             image has no text. None when no image has one.
         facts: Digests and counts.
@@ -154,6 +155,7 @@ class TextMaterial:
     own: NDArray[np.float32] | None
     facts: Mapping[str, Any]
     sentences: tuple[str, ...] = ()
+    patients: tuple[str, ...] = ()
 
 
 def open_texts(
@@ -198,7 +200,8 @@ def open_texts(
     }
     reports = np.array([c.report for c in spans], np.int64)
     chunks = retriever.texts([c.text for c in spans])
-    return TextMaterial(chunks, reports, spans, prompts, prompt_class, own, facts, said)
+    patients = tuple(sorted(r.patient for r in corpus if r.patient))
+    return TextMaterial(chunks, reports, spans, prompts, prompt_class, own, facts, said, patients)
 
 
 def open_corpus(recipe: DistillRecipe, *, progress: Progress | None = None) -> ReportCorpus:
