@@ -51,6 +51,8 @@ def test_scores_beside_chance(run: PairingRun, samples: list[Sample]) -> None:
     assert (scores.random_similarity <= scores.similarity).all()
     assert scores.nearer_than_random > 0.5
     assert scores.shared_patients == 0
+    counts = np.bincount(run.report_of)
+    assert scores.chosen_chunks == pytest.approx(counts[run.pairing.report_rows[:, 0]].mean())
     assert scores.audit is not None
     assert abs(scores.audit.shuffled.adjusted) < 0.2
     json.dumps(scores.to_dict(), allow_nan=False)

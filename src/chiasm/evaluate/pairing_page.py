@@ -224,6 +224,13 @@ def _sharing(scores: PairingScores) -> Section:
                     row("effective number of reports", "as many, equally used, are as varied", "effective"),
                     row("Gini index", "0: all equally used; near 1: few have all", "gini"),
                     row("skewness", "above about 1 there are hubs", "skewness"),
+                    (
+                        "chunks of a chosen report, mean",
+                        _number(scores.chosen_chunks, 1),
+                        _number(scores.chunks / scores.distinct_reports, 1),
+                        "the nearest of many chunks is near by chance: long reports win unless --aggregate mean or a "
+                        "correction evens it out",
+                    ),
                 ),
                 "At random: every image draws a report, whatever it shows.",
             ),
@@ -275,8 +282,9 @@ def _audit(audit: Audit) -> Section:
                     row("purity", _number(one.purity.value), _number(other.purity.value),
                         f"images with the commonest label of their report; by chance {_number(one.purity.chance)}"),
                 ),
-                f"{one.nmi.n:,} images with report and label. Many reports agree with any labels by chance, hence the null."
-                + known,
+                f"{one.nmi.n:,} images with report and label. Many reports agree with any labels by chance, hence the null. "
+                "An encoder that merely groups images by their look agrees, too: whether the words of the reports matter, "
+                "only training with shuffled and with random texts can tell." + known,
             ),
         ),
     )  # fmt: skip

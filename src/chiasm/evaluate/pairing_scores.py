@@ -62,6 +62,7 @@ class PairingScores:
         random_loads: The same when each paired image draws a report at random.
         hubness: Of ``loads``.
         random_hubness: Of ``random_loads``.
+        chosen_chunks: Chunks of the chosen reports, mean over paired images; NaN without any.
         nearer_than_random: Share of paired images whose report is nearer than the one dealt out at random; ½ by chance.
         min_similarity: What a pair had to reach; None: nothing.
         shared_patients: Patients that have an image and a report; None where one side does not name patients.
@@ -82,6 +83,7 @@ class PairingScores:
     random_loads: NDArray[np.int64]
     hubness: Hubness
     random_hubness: Hubness
+    chosen_chunks: float
     nearer_than_random: float
     min_similarity: float | None
     shared_patients: int | None = None
@@ -105,6 +107,8 @@ class PairingScores:
             "margin": _known(quantiles(self.margin)),
             "hubness": self.hubness.to_dict(),
             "random_hubness": self.random_hubness.to_dict(),
+            "chosen_chunks": self.chosen_chunks if math.isfinite(self.chosen_chunks) else None,
+            "mean_chunks": self.chunks / self.distinct_reports,
             "shared_patients": self.shared_patients,
             "audit": None if self.audit is None else self.audit.to_dict(),
         }
@@ -135,7 +139,7 @@ def score_pairing(
     random_similarity = similarity_of(
         run.images, run.chunks, mixed, report_of=run.report_of, aggregate=run.pairs.header.aggregate  # type: ignore[arg-type]
     )  # fmt: skip
-    distinct, first = np.unique(run.report_of, return_inverse=True)
+    distinct, sizes = np.unique(run.report_of, return_counts=True)
     loads = count_images(pairing.report_rows[:, 0], len(run.corpus))[distinct]
     paired = int(pairing.paired.sum())
     random_loads = count_images(np.random.default_rng(seed).integers(0, len(distinct), paired), len(distinct))
@@ -157,7 +161,7 @@ def score_pairing(
         reports=len(run.corpus),
         distinct_reports=len(distinct),
         chunks=len(run.chunks),
-        long_reports=int((np.bincount(first) > 1).sum()),
+        long_reports=int((sizes > 1).sum()),
         similarity=pairing.best_similarity,
         random_similarity=random_similarity,
         margin=pairing.margin,
@@ -165,6 +169,7 @@ def score_pairing(
         random_loads=random_loads,
         hubness=hubness(loads),
         random_hubness=hubness(random_loads),
+        chosen_chunks=float(loads @ sizes / loads.sum()) if paired else math.nan,
         nearer_than_random=nearer,
         min_similarity=pairing.min_similarity,
         shared_patients=_shared_patients(run, samples),
