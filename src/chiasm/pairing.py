@@ -18,13 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chiasm.data.chunks import Chunk, chunk_reports, describe_chunking
-from chiasm.datasets.arrays import ARRAY_SUFFIXES
 from chiasm.datasets.corpus import ReportCorpus
-from chiasm.datasets.images import keep_decodable, open_image_path, read_member, split_member
+from chiasm.datasets.images import hash_image, keep_decodable
 from chiasm.embed import embed_images, embed_texts
 from chiasm.errors import ChiasmError, InputError
 from chiasm.io.manifest import Rejected, RejectLog
-from chiasm.io.pairs import PairFolder, PairHeader, digest_ids
+from chiasm.io.pairs import CONTENT_DIGITS, PairFolder, PairHeader, digest_ids
 from chiasm.io.vector_cache import VectorCache
 from chiasm.progress import Progress, SilentProgress
 from chiasm.tasks.pairing import Pairing, pair
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
 SHARD_ROWS = 512
 #: Part of every key of the cache: a new number when vectors are computed in another way.
 VERSION = 1
-_READ_BYTES = 1 << 20
 
 
 def fastest_product() -> Product:
@@ -197,12 +195,17 @@ def pair_reports(
         chunking=describe_chunking(encoder.tokenizer, overlap_tokens=overlap_tokens),
         filters=tuple({"what": f.what, "kept": f.kept, "dropped": f.dropped} for f in corpus.filters),
     )
-    folder = _folder_of(pairing, header, chunks, pieces, corpus)
+    folder = _folder_of(pairing, header, chunks, pieces, corpus, contents)
     return PairingRun(folder, pairing, pictures, chunks, pieces, corpus, side.log.items, dict(side.found))
 
 
 def _folder_of(
-    pairing: Pairing, header: PairHeader, chunks: Embeddings, pieces: Sequence[Chunk], corpus: ReportCorpus
+    pairing: Pairing,
+    header: PairHeader,
+    chunks: Embeddings,
+    pieces: Sequence[Chunk],
+    corpus: ReportCorpus,
+    contents: Sequence[bytes],
 ) -> PairFolder:
     """Return the pairs with the vectors of the chunks that occur in them, in order of the corpus."""
     used = np.unique(pairing.chunk_rows[pairing.chunk_rows >= 0])
@@ -220,6 +223,7 @@ def _folder_of(
         texts=vectors / np.linalg.norm(vectors, axis=1, keepdims=True),
         text_keys=tuple((corpus.reports[pieces[row].report].id, number[row]) for row in used.tolist()),
         text_spans=np.asarray([(pieces[r].start, pieces[r].end) for r in used.tolist()], np.int64).reshape(-1, 2),
+        contents=tuple(content.hex()[:CONTENT_DIGITS] for content in contents),
     )
 
 
@@ -391,17 +395,7 @@ def _hash_image(path: Path | None) -> bytes | None:
     if path is None:
         return None
     try:
-        member = split_member(path)
-        if member is None:
-            hasher = hashlib.sha256()
-            with path.open("rb") as file:
-                while block := file.read(_READ_BYTES):
-                    hasher.update(block)
-            return hasher.digest()
-        if member[0].name.casefold().endswith(ARRAY_SUFFIXES):
-            image = open_image_path(path)  # a row of an array has no bytes of its own
-            return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).digest()
-        return hashlib.sha256(read_member(*member)).digest()
+        return hash_image(path)
     except (OSError, ChiasmError):
         return None
 

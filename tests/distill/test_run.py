@@ -220,6 +220,13 @@ def test_pairs_are_blind_to_labels_and_pairs_on_disk_are_the_same(files_recipe, 
     assert setup.impossible("prompt_text")
     assert setup.impossible("paired")
     assert setup.impossible("clip_it") is None
+    files = sorted((folder / "images").glob("*.png"))
+    one, other = files[0].read_bytes(), files[-1].read_bytes()
+    files[0].write_bytes(other)
+    files[-1].write_bytes(one)
+    for recipe in (kept, alone):
+        with pytest.raises(InputError, match="are not the files that were paired"):
+            Experiment(recipe, cache=tmp_path / "b").prepare(0)
 
 
 def test_a_tower_that_is_trained_and_then_adapted_is_the_one_that_is_saved(phantom_recipe, tmp_path):

@@ -66,7 +66,9 @@ def test_saved_pairs_come_back(
 def test_the_table_reads_without_chiasm(tmp_path: Path) -> None:
     pairs = make_pairs(alone=0.5, seed=1)
     table = pq.read_table(save_pairs(tmp_path, pairs) / "pairs.parquet")
-    assert table.column_names == ["image_id", "rank", "report_id", "chunk", "start", "end", "similarity", "margin"]
+    assert table.column_names == [
+        "image_id", "rank", "report_id", "chunk", "start", "end", "similarity", "margin", "content",
+    ]  # fmt: skip
     rows = table.to_pylist()
     alone = [r for r in rows if r["rank"] == 0]
     assert len(alone) == int((~pairs.paired).sum()) > 0
@@ -100,6 +102,20 @@ def test_another_corpus_encoder_or_image_set_is_refused(tmp_path: Path) -> None:
     unknown = dataclasses.replace(make_pairs(), header=dataclasses.replace(make_pairs().header, content_digest=""))
     save_pairs(tmp_path, unknown)
     load_pairs(tmp_path, content_digest="e" * 16)
+
+
+def test_images_that_have_changed_are_refused(tmp_path: Path) -> None:
+    made = make_pairs(n=4)
+    made = dataclasses.replace(made, contents=tuple(f"{i:016x}" for i in range(4)))
+    pairs = load_pairs(save_pairs(tmp_path, made))
+    assert_equal(made, pairs)
+    ids = ["image-2", "image-0"]
+    pairs.check_contents(ids, [f"{2:016x}" + "ab" * 24, f"{0:016x}"])
+    with pytest.raises(InputError, match="2 of 2 images are not the files that were paired"):
+        pairs.check_contents(ids, [f"{0:016x}", f"{2:016x}"])
+    with pytest.raises(InputError, match="1 of 3 images are not in the pairs"):
+        pairs.check_contents([*ids, "stranger"], ["", "", ""])
+    load_pairs(save_pairs(tmp_path, make_pairs())).check_contents(["image-0"], ["unknown"])
 
 
 def test_damage_is_refused(tmp_path: Path) -> None:

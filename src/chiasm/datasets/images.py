@@ -8,6 +8,7 @@ one, see `chiasm.datasets.arrays`. `open_sample_image` is the one door for train
 
 from __future__ import annotations
 
+import hashlib
 import tarfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -69,6 +70,26 @@ def image_exists(path: Path) -> bool:
         return has_row(*found) if _is_array(found[0]) else found[1] in index_shard(found[0]).members
     except (OSError, ValueError, FileFormatError):
         return False
+
+
+def hash_image(path: Path) -> bytes:
+    """Return the SHA-256 of what is stored of an image: its bytes, whatever file they lie in; of a row of an array, pixels.
+
+    A copy or another name changes nothing.
+
+    Raises:
+        InputError: There is no such image.
+        FileFormatError: The file around it is damaged.
+        OSError: The file cannot be read.
+    """
+    found = split_member(path)
+    if found is None:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    if _is_array(found[0]):
+        image = open_image_path(path)  # a row of an array has no bytes of its own
+        return hashlib.sha256(f"{image.mode} {image.size}".encode() + image.tobytes()).digest()
+    return hashlib.sha256(read_member(*found)).digest()
 
 
 def split_member(path: Path) -> tuple[Path, str] | None:

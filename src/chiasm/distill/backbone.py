@@ -22,7 +22,7 @@ from torch import nn
 
 from chiasm.config import build, changed_fields
 from chiasm.data.augment import Augment
-from chiasm.datasets.images import open_sample_image, split_member
+from chiasm.datasets.images import hash_image
 from chiasm.distill.recipe import BackboneConfig
 from chiasm.encoders.base import EncoderConfig, ImageTowerConfig, weights_digest
 from chiasm.encoders.image_side import build_backbone, without_projection
@@ -228,8 +228,7 @@ def chosen_augment(config: BackboneConfig) -> Augment | None:
 def image_digests(table: PairTable, *, folder: Path, progress: Progress | None = None) -> list[str]:
     """Return a digest of each image's content, remembered in ``folder`` while no file changes.
 
-    A file of its own is known by its bytes, so a copy or another name changes nothing. What lies inside a larger file is
-    known by its pixels.
+    See `chiasm.datasets.images.hash_image`, which pairs on disk are made with, too; phantoms are known by their pixels.
     """
     if table.arrays is not None:
         shape = list(table.arrays.shape[1:])
@@ -242,11 +241,7 @@ def image_digests(table: PairTable, *, folder: Path, progress: Progress | None =
     def one(row: int) -> str:
         sample = table.samples[row]
         assert sample.image is not None
-        if split_member(sample.image) is None:
-            return hashlib.sha256(sample.image.read_bytes()).hexdigest()[:PIXELS_DIGEST]
-        image = open_sample_image(sample)
-        head = f"{image.mode} {image.size}".encode()
-        return hashlib.sha256(head + image.tobytes()).hexdigest()[:PIXELS_DIGEST]
+        return hash_image(sample.image).hex()[:PIXELS_DIGEST]
 
     progress = progress or SilentProgress()
     progress.start(len(table), "contents of images")

@@ -197,7 +197,7 @@ class Experiment:
         problem = self._problem(division, backbone)
         if recipe.backbone.unimodal != "full":
             problem = _with_features(problem, self.pool, backbone, division)
-        texts = text_sources(recipe, self.material, self.retriever, division, images)
+        texts = text_sources(recipe, self.material, self.retriever, division, images, pool=self.pool)
         facts = {
             "source": images.name,
             "label": images.label,

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from chiasm.distill.backbone import ImagePool
 from chiasm.distill.data import Division, LabelledImages
 from chiasm.distill.problem import Targets
 from chiasm.distill.recipe import DistillRecipe, PairingConfig
@@ -49,6 +50,8 @@ def text_sources(
     retriever: Retriever | None,
     division: Division,
     images: LabelledImages,
+    *,
+    pool: ImagePool,
 ) -> SeedTexts:
     """Return the targets of all kinds that there are, and what is known about the pairs.
 
@@ -58,9 +61,10 @@ def text_sources(
         retriever: Gives the images' vectors; None with pairs on disk and no encoder: then there are ``pairs`` only.
         division: Which images are trained on and validated on.
         images: Own texts and classes.
+        pool: Knows what the images hold, so that pairs on disk of other images are refused.
 
     Raises:
-        InputError: Images that the pairs on disk do not hold, or too few images for ``min_similarity = "auto"``.
+        InputError: Images that the pairs on disk do not hold or held other pixels of, or too few images for ``min_similarity = "auto"``.
     """
     config = recipe.pairing
     rows = np.concatenate([division.train, division.validation])
@@ -70,7 +74,7 @@ def text_sources(
     known: dict[str, RowTexts] = {}
     if config.pairs is not None:
         ids = [images.table.samples[r].id for r in rows]
-        vectors, mask, reports, weights, facts = _from_folder(config, ids, retriever)
+        vectors, mask, reports, weights, facts = _from_folder(config, ids, retriever, _contents(pool, rows))
     else:
         assert seen is not None
         assert material.chunks is not None
@@ -99,7 +103,7 @@ def text_sources(
 
 
 def _from_folder(
-    config: PairingConfig, ids: Sequence[str], retriever: Retriever | None
+    config: PairingConfig, ids: Sequence[str], retriever: Retriever | None, contents: Sequence[str] | None
 ) -> tuple[NDArray[Any], NDArray[np.bool_], NDArray[np.int64], Floats, dict[str, Any]]:
     """Return vectors, mask, report numbers and weights of images from pairs on disk."""
     assert config.pairs is not None
@@ -108,6 +112,8 @@ def _from_folder(
     )
     if config.min_similarity == "auto":
         raise ConfigError("`pairing.min_similarity` is `auto`, which `chiasm pairing` decides when it makes the pairs")
+    if contents is not None:
+        folder.check_contents(ids, contents)
     gate = config.min_similarity
     found = folder.targets(ids, top_k=config.top_k, temperature=config.temperature, gate=gate)
     at = folder.rows_of(ids)
@@ -124,6 +130,11 @@ def _from_folder(
         "reports_used": len(np.unique(reports[reports >= 0])),
     }
     return found.vectors, found.mask, reports, pair_weights(reports, similarity, config.temperature), facts
+
+
+def _contents(pool: ImagePool, rows: NDArray[np.int64]) -> list[str] | None:
+    """Return digests of images as they lie on disk; None for phantoms that lie in memory."""
+    return None if pool.table.arrays is not None else [pool.contents[r] for r in rows.tolist()]
 
 
 def pair_weights(reports: NDArray[np.int64], similarity: NDArray[np.float32], temperature: float | None) -> Floats:

@@ -1,7 +1,7 @@
 """Pairs of images and reports on disk: a folder that refuses to be used with what it was not made from.
 
-``pairs.parquet`` has one row per image and rank: ``image_id, rank, report_id, chunk, start, end, similarity, margin``; an
-image without a report has one row of rank 0, whose similarity is the one that was too low. Its schema carries the header:
+``pairs.parquet`` has one row per image and rank: ``image_id, rank, report_id, chunk, start, end, similarity, margin`` and
+``content``, the first digits of the SHA-256 of the image (null when unknown); an image without a report has one row of rank 0, whose similarity is the one that was too low. Its schema carries the header:
 space of the encoder, digests of the corpus and of the images, how reports were cut and compared. ``texts.npy`` holds the
 unit vectors of the distinct chunks, ``texts.json`` says which chunk of which report each row is. There are no labels.
 """
@@ -25,9 +25,11 @@ from chiasm.io.manifest import to_json, write_bytes_atomic
 from chiasm.types import Space
 
 FORMAT = 1
+#: Hexadecimal digits that are kept of what an image holds.
+CONTENT_DIGITS = 16
 _KEY = b"chiasm.pairs"
 _FILES = ("texts.npy", "texts.json", "pairs.parquet")
-_COLUMNS = ("image_id", "rank", "report_id", "chunk", "start", "end", "similarity", "margin")
+_COLUMNS = ("image_id", "rank", "report_id", "chunk", "start", "end", "similarity", "margin", "content")
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ class PairFolder:
         texts: float32, (m, dim): unit vectors of the distinct chunks that are paired.
         text_keys: (m,): report id and number of the chunk in its report.
         text_spans: int64, (m, 2): first character of the chunk in the cleaned text, and one past its last.
+        contents: (n,): the first digits of the SHA-256 of each image as it lies on disk; empty when unknown.
     """
 
     header: PairHeader
@@ -122,6 +125,7 @@ class PairFolder:
     texts: NDArray[np.float32]
     text_keys: tuple[tuple[str, int], ...]
     text_spans: NDArray[np.int64]
+    contents: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -152,6 +156,27 @@ class PairFolder:
                 hint="pair this set of images: `chiasm pairing`",
             )
         return np.asarray([place[name] for name in image_ids], dtype=np.int64)
+
+    def check_contents(self, image_ids: Sequence[str], contents: Sequence[str]) -> None:
+        """Refuse images whose files are not those that were paired: a report would stand beside another picture.
+
+        Args:
+            image_ids: In any order.
+            contents: For each, the SHA-256 of `chiasm.datasets.images.hash_image` in hexadecimal digits, 16 or more.
+
+        Raises:
+            InputError: An image was not paired, or has changed since. Pairs without ``contents`` pass.
+        """
+        rows = self.rows_of(image_ids)
+        if not self.contents:
+            return
+        found = zip(rows.tolist(), contents, strict=True)
+        changed = sum(self.contents[row] != content[:CONTENT_DIGITS] for row, content in found)
+        if changed:
+            raise InputError(
+                f"{changed} of {len(image_ids)} images are not the files that were paired: same ids, other contents",
+                hint="pair these images: `chiasm pairing`",
+            )
 
     def targets(
         self,
@@ -257,6 +282,7 @@ def save_pairs(folder: str | Path, pairs: PairFolder) -> Path:
         of_text(pairs.text_spans[:, 1].tolist(), pa.int32()),
         pa.array(similarity, pa.float32()),
         pa.array(pairs.margin[image], pa.float32()),
+        pa.array([pairs.contents[i] if pairs.contents else None for i in image.tolist()], pa.string()),
     ]
     table = pa.table(columns, names=list(_COLUMNS)).replace_schema_metadata({_KEY: to_json(header.to_dict()).encode()})
     packed = io.BytesIO()
@@ -406,7 +432,11 @@ def _assemble(
     best[image[top]], margins[image] = similarity[top], margin
     if np.bincount(image[top], minlength=len(ids)).min(initial=1) != 1:
         raise _damaged(folder)
-    return PairFolder(header, ids, text_rows, values, margins, best, texts, tuple(keys), spans)
+    written = dict(zip(names, table["content"].to_pylist(), strict=True))
+    contents = tuple(written[name] for name in ids)
+    return PairFolder(
+        header, ids, text_rows, values, margins, best, texts, tuple(keys), spans, () if None in contents else contents
+    )
 
 
 def _texts_digest(content: bytes, listed: bytes) -> str:
