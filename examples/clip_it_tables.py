@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import sys
 from collections.abc import Mapping
@@ -53,7 +54,7 @@ def phantom_rows(made: PhantomSet, folder: Path, name: str) -> list[Row]:
 
 def captioned(table: Path, *, group: str | None, split: str | None = None) -> list[Row]:
     """Return the rows of a classified set with captions made of its labels, three ways to say each in turn."""
-    rows = list(csv.DictReader(table.open(newline="", encoding="utf-8-sig")))
+    rows = list(csv.DictReader(io.StringIO(table.read_text(encoding="utf-8-sig"), newline="")))
     made = []
     for number, row in enumerate(rows):
         if split is not None and row["split"] != split:
@@ -67,7 +68,7 @@ def captioned(table: Path, *, group: str | None, split: str | None = None) -> li
 def noted(table: Path) -> list[Row]:
     """Return the pairs of the COVID-19 collection; its two persons with two ids are merged."""
     same = {"339": "285", "340": "287"}
-    rows = csv.DictReader(table.open(newline="", encoding="utf-8-sig"))
+    rows = csv.DictReader(io.StringIO(table.read_text(encoding="utf-8-sig"), newline=""))
     return [
         (str((table.parent / r["image"]).resolve()), r["text"], same.get(r["patientid"], r["patientid"]))
         for r in rows
