@@ -28,6 +28,9 @@ SWIN = {
 #: A native ViT is in the export that all tests share, a ConvNeXt of transformers in `test_export_vision`.
 TOWERS = {
     "clip resnet": ImageTowerConfig(kind="resnet", image_size=32, width=8, layers=(1, 1), heads=2),
+    "classic resnet": ImageTowerConfig(
+        kind="named", source="classic_resnet", image_size=32, options={"layers": (1, 1), "width": 8}
+    ),
     "swin": ImageTowerConfig(kind="huggingface", source="s", image_size=64, pool="mean", options={"config": SWIN}),
     "efficientnet": ImageTowerConfig(
         kind="python",
@@ -49,11 +52,14 @@ def compare(classifier: VisionClassifier, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", list(TOWERS))
-def test_every_kind_of_tower_becomes_a_graph(name: str, make: Callable[..., VisionClassifier], tmp_path: Path) -> None:
+def test_every_kind_of_tower_becomes_a_graph(
+    name: str, make: Callable[..., VisionClassifier], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     if name == "efficientnet":
         pytest.importorskip("efficientnet_lite_pytorch")
     classifier = make(TOWERS[name])
     write_onnx(classifier, tmp_path, example=example_input(classifier, 2))
+    assert capfd.readouterr() == ("", "")
     compare(classifier, tmp_path)
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,24 @@ class _Scored(nn.Module):
         return logits, (logits / self.temperature).softmax(1)
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter from telling that torchvision is absent and which constants it did not fold."""
+    logs = [
+        logging.getLogger(name) for name in ("torch.onnx", "torch.onnx._internal.exporter._registration", "onnxscript")
+    ]
+    levels = [log.level for log in logs]
+    try:
+        for log in logs:
+            log.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
+
+
 def write_onnx(classifier: VisionClassifier, folder: str | Path, *, example: Tensor) -> Path:
     """Write ``model.onnx`` and ``onnx.json``.
 
@@ -77,13 +96,9 @@ def write_onnx(classifier: VisionClassifier, folder: str | Path, *, example: Ten
     model = _Scored(classifier).eval()
     name = "features" if classifier.config is None else "pixels"
     size = sum(p.numel() * p.element_size() for p in classifier.parameters())
-    log = logging.getLogger("torch.onnx._internal.exporter._registration")
-    level = log.level
-    log.setLevel(logging.ERROR)  # it says that torchvision is absent, which nothing here needs
     try:
         # Fused attention of a CPU gives another memory layout than the graph's, on which Swin's export stumbles.
-        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-            warnings.simplefilter("ignore")
+        with _quiet(), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
             program: Any = torch.onnx.export(
                 model,
                 (example,),
@@ -100,8 +115,6 @@ def write_onnx(classifier: VisionClassifier, folder: str | Path, *, example: Ten
             "the classifier cannot be written as ONNX: its tower does something that has no form there",
             hint="`--no-onnx` exports the torch form alone",
         ) from error
-    finally:
-        log.setLevel(level)
     declaration = {
         "format": FORMAT,
         "version": 1,
