@@ -322,9 +322,10 @@ class FuseConfig(StageConfig):
         kd_temperature: Of ``logit``.
         kd_warmup_steps: Steps before the stage in which ``h_d`` alone learns from the text.
         warm_start_text: Start ``h_t`` from the text stage's head (never in arms without text).
-        fusion_start: Where ``W`` starts: ``mean``: at the mean of the classifiers that earlier stages trained (``h_v``,
-            and ``h_t`` where it is warm-started), so that every arm starts from the unimodal classifier; ``random``: as
-            the reference, which a control that cannot find its way back pays for.
+        fusion_start: Where ``W`` starts: ``mean``: at the mean of the classifiers that earlier stages trained: ``h_v``
+            and a warm-started ``h_t``, or ``h_v`` alone in arms without a text, which then cannot lose by it. An ``h_t``
+            that text has yet to teach gets a random ``W``. ``random``: always, as the reference; a control that cannot
+            find its way back pays for that.
         lock_vision_head: Keep ``h_v`` as the unimodal stage left it.
         text_lora: Adapt the text tower, too; its classification loss then anchors the targets, and a collapse stops
             the run.

@@ -219,8 +219,11 @@ def run_fuse(
     adapts_text = used is not None and config.text_lora is not None
     if adapts_text and text_tower is None:
         raise ConfigError("`fuse.text_lora` needs the text tower and the texts")
+    at_mean = config.fusion_start == "mean" and (start is not None or not taught)
+    random_start = config.fusion_start == "mean" and not at_mean
     key = digest_of([
-        CODE, "fuse", _fuse_options(config, taught=taught, fused=arm.fused), heads.to_dict(), problem.digest, seed,
+        f"{CODE} random W" if random_start else CODE, "fuse",
+        _fuse_options(config, taught=taught, fused=arm.fused), heads.to_dict(), problem.digest, seed,
         unimodal.key, start.key if start else "", used.digest if used else "", recipe.run.ref_compat,
         to_mapping(lora) if lora else {}, weights_digest(base.state_dict()) if base is not None else "",
         dict(recipe.backbone.augment) if pixels else {},
@@ -228,7 +231,7 @@ def run_fuse(
     ])  # fmt: skip
 
     def make() -> tuple[Task, Student]:
-        modules = _started(make_heads(heads, seed), unimodal, start, at_mean=config.fusion_start == "mean")
+        modules = _started(make_heads(heads, seed), unimodal, start, at_mean=at_mean)
         if arm.fused and config.lock_vision_head:
             modules.vision.requires_grad_(False)
         student = Student(modules) if base is None else Student.adapted(modules, base, lora=lora, seed=seed)
