@@ -136,6 +136,24 @@ def test_no_ids_and_no_texts_in_what_is_said(
     assert len(listed) == 1
 
 
+def test_reports_that_cannot_be_used_are_said(
+    chiasm: Run, phantom_table: Path, model_dir: Path, tmp_path: Path
+) -> None:
+    corpus = tmp_path / "reports.jsonl"
+    corpus.write_text('{"id": "canary", "text": "No effusion."}\n{"id": "canary-2", "text": " "}\n{broken canary\n')
+    words = ("pairing", "--images", phantom_table, "--reports", corpus, "--encoder", model_dir, "--out", tmp_path / "o")
+    said = chiasm(*words, "--examples", 0)
+    assert "reports: 2 rows rejected" in said
+    assert "nan" not in said
+    assert "canary" not in said
+    assert "not usable: text is empty" in (tmp_path / "o" / "index.html").read_text()
+    assert len((tmp_path / "o" / "rejected_reports.jsonl").read_text().splitlines()) == 2
+    corpus.write_text('{"id": "a", "text": "No effusion."}\n')
+    assert "rejected" not in chiasm(*words, "--examples", 0)
+    assert not (tmp_path / "o" / "rejected_reports.jsonl").read_text()
+    assert "is a file" in chiasm(*words[:-1], corpus, code=1)
+
+
 def test_pairs_of_another_corpus_are_refused(
     chiasm: Run, phantom_table: Path, corpus: Path, roles: list[str], model_dir: Path, tmp_path: Path
 ) -> None:

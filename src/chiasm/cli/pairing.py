@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
@@ -111,6 +113,8 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Pair, write the pairs, and describe them on a page."""
+    if out.exists() and not out.is_dir():  # said before hours of embedding, not after
+        raise InputError(f"--out `{out.name}` is a file; pairs are a folder", hint="name another")
     least = _least(min_similarity)
     _check_choices(aggregate, correction)
     from chiasm.cli.inputs import load_encoder, open_table, say_rejected, select_rows
@@ -154,12 +158,13 @@ def _write(
     """Write pairs, page and numbers, and return what ``--json`` prints."""
     from chiasm.evaluate.page import save_page
     from chiasm.evaluate.pairing_page import pairing_page
-    from chiasm.io.manifest import write_json_atomic
+    from chiasm.io.manifest import RejectLog, write_json_atomic
     from chiasm.io.pairs import save_pairs
 
     save_pairs(out, found.pairs)
-    if len(log) or (out / "rejected.jsonl").exists():  # not that of an earlier run
-        log.write(out / "rejected.jsonl")
+    for name, rejected in (("rejected.jsonl", log), ("rejected_reports.jsonl", RejectLog(found.corpus.rejected))):
+        if len(rejected) or (out / name).exists():  # not that of an earlier run
+            rejected.write(out / name)
     page = save_page(pairing_page(found, scores, samples, examples=examples, folder=out.name), out / "index.html")
     numbers = {
         **scores.to_dict(),
@@ -219,17 +224,18 @@ def _corpus(source: str, columns: Sequence[str] | None, **filters: Any) -> Repor
 
 
 def _say(found: PairingRun, scores: PairingScores, page: str) -> None:
+    from chiasm.io.manifest import summarize_rejected
     from chiasm.metrics.pairing import quantiles
 
+    if found.corpus.rejected:
+        print(f"warning: reports: {summarize_rejected(found.corpus.rejected)}", file=sys.stderr)
     for count in found.corpus.filters:
         print(f"filter {count}")
     least = "" if scores.min_similarity is None else f" (similarity of at least {scores.min_similarity:.4f})"
     print(f"{scores.paired} of {scores.images} images have a report{least}")
-    print(
-        f"similarity: median {quantiles(scores.similarity)['p50']:.3f}, of shuffled reports "
-        f"{quantiles(scores.random_similarity)['p50']:.3f}; lead over the second report: median "
-        f"{quantiles(scores.margin)['p50']:.3f}"
-    )
+    medians = [quantiles(v)["p50"] for v in (scores.similarity, scores.random_similarity, scores.margin)]
+    own, random, lead = (f"{m:.3f}" if math.isfinite(m) else "–" for m in medians)
+    print(f"similarity: median {own}, of shuffled reports {random}; lead over the second report: median {lead}")
     print(
         f"{scores.hubness.used} of {scores.distinct_reports} reports are in use, one by {scores.hubness.max_load} images"
         f" (Gini {scores.hubness.gini:.2f}, at random {scores.random_hubness.gini:.2f})"

@@ -31,6 +31,7 @@ from chiasm.evaluate.page import (
 )
 from chiasm.evaluate.pairing_figures import distributions, load_curve
 from chiasm.evaluate.pairing_scores import Audit, PairingScores
+from chiasm.io.manifest import count_reasons
 from chiasm.metrics.pairing import quantiles
 from chiasm.types import Interval, Sample
 
@@ -135,6 +136,10 @@ def _made_of(run: PairingRun, scores: PairingScores) -> Section:
             "corpus",
             f"{header.corpus}: {scores.reports:,} reports"
             + (f"; {repeated:,} with the text of an earlier one, passed over" if repeated else ""),
+        ),
+        *(
+            (f"not usable: {reason}", f"{count:,} rows of the corpus")
+            for reason, count in count_reasons(run.corpus.rejected).items()
         ),
         *(
             (f"filter: {f.what.replace('`', '')}", f"{f.kept:,} kept, {f.dropped:,} dropped")
