@@ -49,6 +49,9 @@ class SyntheticConfig:
         image_noise: Of the image features.
         clip_noise: Of the retriever's view of an image.
         report_noise: Of a report's embedding.
+        nuisance: Dimensions of a second latent variable that the image shows and no report tells of, as stain and
+            scanner. Without one the images' own spread gives the classes away (docs/lab-notes.md, 2026-11-21).
+        nuisance_scale: Its deviation.
     """
 
     train: int = 150
@@ -64,11 +67,14 @@ class SyntheticConfig:
     image_noise: float = 1.5
     clip_noise: float = 0.15
     report_noise: float = 0.1
+    nuisance: int = 0
+    nuisance_scale: float = 3.0
 
     def __post_init__(self) -> None:
         for name in ("train", "test", "reports", "latent", "width", "text_dim"):
             _check(getattr(self, name) >= 2, f"data.synthetic.{name}", f"must be at least 2, got {getattr(self, name)}")
         _check(self.classes >= 2, "data.synthetic.classes", f"must be at least 2, got {self.classes}")
+        _check(self.nuisance >= 0, "data.synthetic.nuisance", f"must not be negative, got {self.nuisance}")
         _check(0 <= self.flip <= 1, "data.synthetic.flip", f"must be in [0, 1], got {self.flip}")
 
 

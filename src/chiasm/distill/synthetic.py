@@ -40,6 +40,8 @@ def make_synthetic(config: SyntheticConfig, *, seed: int) -> tuple[Problem, Text
     means = _unit(rng.standard_normal((config.classes, k))) * config.separation
     to_image = rng.standard_normal((k, config.width)) / np.sqrt(k)
     to_text = rng.standard_normal((k, config.text_dim)) / np.sqrt(k)
+    stain = np.random.default_rng([seed, 62])  # of its own: without a nuisance everything else stays as it is
+    to_stain = stain.standard_normal((config.nuisance, config.width)) / np.sqrt(max(1, config.nuisance))
 
     def latent(count: int) -> tuple[NDArray[np.int64], Array]:
         labels = rng.integers(config.classes, size=count)
@@ -56,6 +58,7 @@ def make_synthetic(config: SyntheticConfig, *, seed: int) -> tuple[Problem, Text
     for name, count in (("train", n), ("validation", max(2, n // 2)), ("test", config.test)):
         labels, z = latent(count)
         features = z @ to_image + config.image_noise * rng.standard_normal((count, config.width))
+        features += config.nuisance_scale * stain.standard_normal((count, config.nuisance)) @ to_stain
         given = labels if name == "test" else _redrawn(labels, config, rng)
         ids = tuple(f"{name}-{i}" for i in range(count))
         sides[name] = Rows(ids, ids, given.astype(np.int64), features.astype(np.float32))
