@@ -277,6 +277,18 @@ def test_reports_of_the_same_patients_are_told(files_recipe, tmp_path):
     assert not any("of patients whose" in note for note in Experiment(recipe, cache=tmp_path).prepare(0).notes)
 
 
+def test_bits_do_not_depend_on_threads_where_only_heads_train(synthetic_recipe, tmp_path):
+    import torch
+
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(distill(synthetic_recipe(), out=tmp_path / str(threads)).predictions.digest)
+        assert torch.get_num_threads() == threads
+    assert weights(tmp_path / "1") == weights(tmp_path / "2")
+    assert found[0] == found[1]
+
+
 def test_numbers_go_to_a_tracker_too(synthetic_recipe, tmp_path):
     pytest.importorskip("tensorboard")
     distill(synthetic_recipe(run={"log": ("tensorboard",)}), out=tmp_path)

@@ -11,7 +11,8 @@ written into the model.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ from chiasm.types import Interval
 #: The arm that a plain run trains.
 MAIN = "clip_it"
 N_RESAMPLES = 1000
+#: Multiply-adds of the largest matrix product of a step up to which one thread is as fast as several.
+SMALL = 50_000_000
 
 
 @dataclass(frozen=True)
@@ -173,6 +176,24 @@ class ArmRunner:
     def run(self, arm: Arm | str) -> ArmResult:
         """Train all stages of an arm, or find them finished."""
         arm = ARMS[arm] if isinstance(arm, str) else arm
+        with one_thread() if self._is_small(arm) else nullcontext():
+            return self._run(arm)
+
+    def _is_small(self, arm: Arm) -> bool:
+        """Whether steps are so small that threads would wait for each other longer than they work."""
+        recipe, problem = self.recipe, self.setup.problem
+        adapts = recipe.backbone.lora is not None or arm.lora or recipe.backbone.unimodal == "full"
+        if (adapts and self.setup.tower is not None) or recipe.fuse.text_lora is not None:
+            return False
+        if problem.train.features is None:
+            return False
+        stages = (recipe.unimodal, recipe.text, recipe.fuse)
+        sizes = [len(problem.train) if isinstance(s.batch_size, str) else s.batch_size for s in stages]
+        rows = min(max(sizes), len(problem.train))
+        width = int(problem.train.features.shape[1])
+        return rows * width * self.setup.text_dim <= SMALL
+
+    def _run(self, arm: Arm) -> ArmResult:
         setup, recipe = self.setup, self.recipe
         around = self._around("unimodal")
         if self._unimodal is None:
@@ -226,6 +247,17 @@ class ArmRunner:
         if tower is None or result.final.trained == "full" or result.unimodal.trained != "full":
             return tower
         return trained_tower(result.unimodal, tower)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute with one thread; bits then do not depend on how many there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class NamedProgress:
