@@ -98,8 +98,9 @@ class DistillData:
         classes: Values of ``label`` in the order of the logits; rows with another value are left out. Empty: all
             values, sorted.
         train_splits: Values of the split column that may be trained on.
-        validation_splits: Values to validate on. Empty: hold out ``validation`` of the training groups.
-        test_splits: Values to test on. Empty: hold out ``test`` of all groups first.
+        validation_splits: Values to validate on. Empty: a split called ``val``, ``valid``, ``validation`` or ``dev`` that
+            is not named otherwise here; without one hold out ``validation`` of the training groups.
+        test_splits: Values to test on. Empty, or a table without splits: hold out ``test`` of all groups first.
         validation: Fraction of the training groups (patients, else slides, studies) to hold out, by class and seed.
         test: The same for the test set, where the data have none; drawn with ``test_seed``, never with the run's.
         test_seed: Decides which groups are tested on.
