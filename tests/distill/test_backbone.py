@@ -128,6 +128,7 @@ def test_pixels_are_augmented_only_when_there_is_a_generator(phantom_table, tmp_
     make = images.pixels(backbone, augment)
     plain, _ = file_images(images.table, backbone.preprocess, augment=None)(rows, None)
     assert torch.equal(make(rows, None), plain)
+    assert images.pixels(open_backbone(tower(), seed=1), augment) is make, "seeds share what was decoded"
     drawn = make(rows, np.random.default_rng(0))
     assert not torch.equal(drawn, plain)
     assert torch.equal(drawn, make(rows, np.random.default_rng(0)))

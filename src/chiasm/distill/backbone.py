@@ -144,6 +144,7 @@ class ImagePool:
         self.batch_size = batch_size
         self.progress = progress or SilentProgress()
         self._contents: list[str] | None = None
+        self._pixels: dict[tuple[Preprocess, Augment | None], PoolPixels] = {}
 
     @property
     def contents(self) -> list[str]:
@@ -181,8 +182,14 @@ class ImagePool:
         return cached_rows(self.folder / f"image-{digest_of(key, 24)}.npy", batches, len(rows), self.progress)
 
     def pixels(self, backbone: Backbone, augment: Augment | None) -> PoolPixels:
-        """Return what makes pixels of rows of the table for a tower that is trained; nothing is decoded yet."""
-        return PoolPixels(self.table, backbone.preprocess, augment, self.progress)
+        """Return what makes pixels of rows of the table for a tower that is trained; nothing is decoded yet.
+
+        Seeds with one preparation share it, so that images are decoded once.
+        """
+        key = (backbone.preprocess, augment)
+        if key not in self._pixels:
+            self._pixels[key] = PoolPixels(self.table, backbone.preprocess, augment, self.progress)
+        return self._pixels[key]
 
 
 @dataclass(frozen=True)
