@@ -54,7 +54,7 @@ def test_a_run_tells_numbers_chance_and_how_to_go_on(chiasm, recipe, tmp_path):
     assert "SYNTHETIC" in said
     assert "balanced_accuracy" in said
     assert "majority class alone" in said
-    assert "chiasm distill made_up.toml --controls --resume" in said
+    assert f"chiasm distill {recipe} --out {tmp_path / 'run'} --controls --resume" in said
     record = chiasm("distill", recipe, "--out", tmp_path / "run", "--resume", "--json")
     assert set(record["metrics"]["auroc"]) == {"value", "low", "high", "n", "chance"}
     assert Path(record["model"]).is_dir()
@@ -133,6 +133,8 @@ def test_the_options_of_the_reference_make_a_recipe():
     assert (plan.backbone.lora.rank, plan.backbone.lora.alpha) == (4, 2.0)
     assert plan.seed == 3
     assert command == "chiasm distill --ds bach --model VITS_8 --lora_r 4 --lora-alpha 2"
+    _, hidden = read_plan(["--ds", "bach", "--root", "/home/me/patients/bach"], [])
+    assert hidden == "chiasm distill --ds bach --root bach"
     with pytest.raises(ConfigError, match="seeed"):
         read_plan(["--ds", "bach"], ["seeed=3"])
     with pytest.raises(InputError, match="no recipe"):

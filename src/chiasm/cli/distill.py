@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import platform
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,7 +60,11 @@ def run(
         if not controls:
             from chiasm.distill.run import distill
 
-            _say_run(distill(plan, **options), command, as_json=as_json)
+            again = shlex.join(
+                ["chiasm", "distill", *(words or []), *(w for o in overrides or [] for w in ("--set", o))]
+            )
+            again += f" --out {shlex.quote(str(out))}" if out is not None else ""
+            _say_run(distill(plan, **options), again, as_json=as_json)
             return
         from chiasm.distill.controls import run_controls
 
@@ -70,7 +75,10 @@ def run(
 
         how = "the same command with `--resume`" if holds_run(folder) else "the same command"
         raise KeyboardInterrupt(f"interrupted; {how} goes on from what is finished") from None
-    scores, page = report(done, plan, f"{command} --controls --seeds {seeds}")
+    # A page may be passed on: it tells no folder of this machine.
+    shown = [o if "/" not in o and "\\" not in o else f"{o.partition('=')[0]}=..." for o in overrides or []]
+    changed = "".join(f" --set {shlex.quote(o)}" for o in shown)
+    scores, page = report(done, plan, f"{command}{changed} --controls --seeds {seeds}")
     if as_json:
         print_json(as_record(done, scores, page))
     else:
@@ -78,7 +86,7 @@ def run(
 
 
 def read_plan(words: Sequence[str], overrides: Sequence[str]) -> tuple[DistillRecipe, str]:
-    """Return the recipe that the words name or describe, and the command that says so.
+    """Return the recipe that the words name or describe, and the command that says so, without this machine's folders.
 
     Raises:
         InputError: Nothing was named, or more than a recipe.
@@ -102,7 +110,8 @@ def read_plan(words: Sequence[str], overrides: Sequence[str]) -> tuple[DistillRe
     options = parse_reference(words)
     for note in notes_on(options):
         print(f"warning: {note}", file=sys.stderr)
-    return _changed(recipe_from_reference(options), overrides), f"chiasm distill {' '.join(words)}"
+    told = [Path(w).name if "/" in w or "\\" in w else w for w in words]
+    return _changed(recipe_from_reference(options), overrides), f"chiasm distill {' '.join(told)}"
 
 
 def _changed(plan: DistillRecipe, overrides: Sequence[str]) -> DistillRecipe:
@@ -196,7 +205,9 @@ def _say_run(result: DistillResult, command: str, *, as_json: bool) -> None:
         return name, str(result.unimodal[name]), str(result.metrics[name]), "" if chance is None else f"{chance:.3f}"
 
     print_table(("test images", "images only", "CLIP-IT", "chance"), [cell(name) for name in SHOWN])
-    print(f"majority class alone: accuracy {result.majority:.3f}; intervals over patients, one seed")
+    answers = result.predictions
+    over = "images" if len(set(answers.groups)) == answers.n else f"{len(set(answers.groups))} groups"
+    print(f"majority class alone: accuracy {result.majority:.3f}; intervals over {over}, one seed")
     print(f"model: {result.model}")
     print(f"next: {command} --controls --resume    is it the text?")
     print(f"      chiasm classify {result.folder} IMAGE")
