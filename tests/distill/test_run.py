@@ -219,6 +219,9 @@ def test_pairs_are_blind_to_labels_and_pairs_on_disk_are_the_same(files_recipe, 
     assert setup.impossible("prompt_text")
     assert setup.impossible("paired")
     assert setup.impossible("clip_it") is None
+    for name, value in (("tissue", "colon"), ("text_filter", "no"), ("correction", "csls"), ("aggregate", "mean")):
+        with pytest.raises(ConfigError, match=rf"`pairing\.{name}` has no effect on `pairing\.pairs`"):
+            replace(kept.pairing, **{name: value})
     files = sorted((folder / "images").glob("*.png"))
     one, other = files[0].read_bytes(), files[-1].read_bytes()
     files[0].write_bytes(other)

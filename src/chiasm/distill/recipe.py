@@ -209,6 +209,20 @@ class PairingConfig:
             "and `pairing.reports` exclude each other",
             hint="pairs on disk were made from a corpus already",
         )
+        usual: dict[str, object] = {
+            "tissue": None,
+            "text_filter": None,
+            "columns": {},
+            "aggregate": "max",
+            "correction": "none",
+        }
+        for name, value in usual.items():  # silence would look like obedience
+            _check(
+                self.pairs is None or getattr(self, name) == value,
+                f"pairing.{name}",
+                "has no effect on `pairing.pairs`, which are made already",
+                hint="give it to `chiasm pairing`",
+            )
 
 
 @dataclass(frozen=True)
