@@ -118,6 +118,13 @@ def test_images_that_have_changed_are_refused(tmp_path: Path) -> None:
     load_pairs(save_pairs(tmp_path, make_pairs())).check_contents(["image-0"], ["unknown"])
 
 
+def test_a_pair_that_just_reaches_the_gate_teaches() -> None:
+    pairs = make_pairs(alone=0.0)
+    gate = float(pairs.similarity[0, 0])
+    assert pairs.targets(["image-0"], gate=gate).mask.all()
+    assert not pairs.targets(["image-0"], gate=float(np.nextafter(np.float32(gate), np.float32(2)))).mask.any()
+
+
 def test_damage_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no pairs"):
         load_pairs(tmp_path)

@@ -95,6 +95,12 @@ def test_no_mending_of_unicode_takes_an_ascii_letter_away(text: str) -> None:
     assert is_subsequence(kept, unicodedata.normalize("NFKD", clean_report(text)))
 
 
+def test_entities_stay_beside_letters_beyond_ascii() -> None:
+    """ftfy runs for such texts only, and would make `<b>` of the entities, which the next step may take for a tag."""
+    text = "Größe &lt;5 mm&gt; &eacute;, 5 &micro;m"
+    assert clean_report(text) == text
+
+
 def test_the_reference_would_fail_here() -> None:
     """What ModalityPairing's cleaning does: a class of characters where a run was meant."""
 

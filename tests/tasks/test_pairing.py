@@ -227,6 +227,14 @@ def test_the_least_similarity(make: Make) -> None:
         np.testing.assert_array_equal(gated.margin, free.margin)
 
 
+@pytest.mark.parametrize("least", [0.0, 0.5, 1.0])
+def test_a_similarity_that_just_reaches_the_least_one_pairs(make: Make, least: float) -> None:
+    images = make(np.array([[1.0, 0.0, 0.0], [least, np.sqrt(1 - least**2), 0.0]]))
+    found = pair(images, make(np.array([[2.0, 0.0, 0.0]]), "text"), report_of=[0], min_similarity=least)
+    assert found.similarity[1, 0] == np.float32(least)
+    assert found.paired.all()
+
+
 def test_auto_keeps_what_is_matched_and_drops_what_shows_nothing(make: Make) -> None:
     rng = np.random.default_rng(6)
     topics = rng.normal(size=(6, 32))
