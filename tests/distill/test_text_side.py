@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from chiasm.distill.recipe import DistillData, DistillRecipe, FuseConfig, StageConfig, SyntheticConfig
-from chiasm.distill.stages import run_arm
+from chiasm.distill.stages import Surroundings, run_arm
 from chiasm.distill.synthetic import make_synthetic
 from chiasm.distill.text_side import TrainedText, effective_rank, target_variance
 from chiasm.encoders.base import LoraConfig
@@ -99,3 +99,35 @@ def test_the_text_tower_must_be_given(drawn):
         run_arm(drawn[0], drawn[1], "clip_it", make_recipe(), seed=0)
     # Arms without a text do not ask for it.
     run_arm(drawn[0], None, "lambda0", make_recipe(), seed=0, text_dim=8)
+
+
+class KilledAt:
+    """A progress bar that dies in the fuse stage."""
+
+    def __init__(self, step):
+        self.left = step
+
+    def start(self, total, description):
+        self.active = description == "fuse"
+
+    def advance(self, n=1, **fields):
+        self.left -= self.active and bool(fields)
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+    def finish(self):
+        pass
+
+
+def test_adapters_of_the_text_go_on_bit_for_bit(drawn, tmp_path):
+    problem, pairs, tower = drawn
+    recipe = make_recipe(steps=8, batch_size=16, eval_every=2, checkpoint_every=1)
+    whole = run_arm(problem, pairs, "clip_it", recipe, seed=0, text_tower=tower).final
+    for step in (2, 5):
+        around = Surroundings(cache=tmp_path / str(step), progress=KilledAt(step))
+        with pytest.raises(KeyboardInterrupt):
+            run_arm(problem, pairs, "clip_it", recipe, seed=0, text_tower=tower, around=around)
+        again = Surroundings(cache=tmp_path / str(step))
+        found = run_arm(problem, pairs, "clip_it", recipe, seed=0, text_tower=tower, around=again).final
+        assert found.curve == whole.curve  # rank and variance of the targets included
+        assert all(torch.equal(found.state[n], whole.state[n]) for n in whole.state)
