@@ -17,7 +17,7 @@ from chiasm.distill.experiment import Experiment
 from chiasm.distill.recipe import load_distill_recipe
 from chiasm.distill.run import distill
 from chiasm.distill.run_folder import read_predictions, write_predictions
-from chiasm.errors import CheckpointError, ConfigError, FileFormatError, InputError
+from chiasm.errors import CheckpointError, ConfigError, FileFormatError, InputError, MissingExtra
 
 
 def weights(folder: Path) -> bytes:
@@ -111,6 +111,7 @@ def test_a_folder_keeps_its_run(phantom_recipe, tmp_path):
     begun = tmp_path / "begun"
     with pytest.raises(InputError, match=r"absent\.txt"):
         distill(phantom_recipe(pairing={"reports": "absent.txt"}), out=begun)
+    assert not (begun / "recipe.toml").exists()
     distill(recipe, out=begun)  # nothing was there that could be lost
     (tmp_path / "notes.txt").write_text("mine")
     distill(phantom_recipe(fuse={"kd_weight": 3.0, "steps": 7}), out=tmp_path, overwrite=True)
@@ -290,6 +291,15 @@ def test_bits_do_not_depend_on_threads_where_only_heads_train(synthetic_recipe, 
         assert torch.get_num_threads() == threads
     assert weights(tmp_path / "1") == weights(tmp_path / "2")
     assert found[0] == found[1]
+
+
+def test_a_tracker_that_is_not_installed_is_missed_at_once(synthetic_recipe, tmp_path, monkeypatch):
+    from chiasm.distill import run as module
+
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtra, match="wandb"):
+        distill(synthetic_recipe(run={"log": ("wandb",)}), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_numbers_go_to_a_tracker_too(synthetic_recipe, tmp_path):

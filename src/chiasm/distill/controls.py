@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from chiasm.distill.arms import ARMS, STANDARD, Arm
-from chiasm.distill.experiment import Experiment
+from chiasm.distill.experiment import Experiment, SeedSetup
 from chiasm.distill.recipe import DistillRecipe
-from chiasm.distill.run import MAIN, ArmRunner, open_sinks, save_model, score
-from chiasm.distill.run_folder import RunFolder, open_run, read_predictions, write_predictions, write_rejects
+from chiasm.distill.run import MAIN, ArmRunner, check_trackers, open_sinks, save_model, score
+from chiasm.distill.run_folder import RunFolder, begin_run, open_run, read_predictions, write_predictions
 from chiasm.distill.stages import ArmResult
 from chiasm.errors import ConfigError, FileFormatError, InputError, UnknownName
 from chiasm.io.manifest import write_json_atomic
@@ -84,26 +84,18 @@ def run_controls(
     if seeds < 1:
         raise InputError(f"there must be at least one seed, got {seeds}")
     chosen = choose_arms(recipe, arms)
+    check_trackers(recipe)
     folder = open_run(recipe, out=out, resume=resume, overwrite=overwrite)
     experiment = Experiment(recipe, cache=folder.cache, progress=progress)
     numbers = tuple(range(recipe.seed, recipe.seed + seeds))
+    first = experiment.prepare(recipe.seed)
+    impossible = _impossible(first, chosen, named=arms is not None)
+    begin_run(folder, recipe, facts=first.facts, notes=first.notes, rejected=experiment.rejected)
     found: list[ArmPredictions] = []
-    impossible: dict[str, str] = {}
-    notes: tuple[str, ...] = ()
-    data: Mapping[str, Any] = {}
     with open_sinks(recipe, folder.path) as sinks:
         for seed in numbers:
-            setup = experiment.prepare(seed)
-            if not data:
-                notes, data = setup.notes, setup.facts
-                write_rejects(folder, experiment.rejected)
-                write_json_atomic(folder.path / "data.json", dict(data) | {"notes": list(notes)})
-            for arm in chosen:
-                reason = setup.impossible(arm)
-                if reason is not None and arms is not None:
-                    raise ConfigError(f"the arm `{arm.name}` cannot be run: {reason}")
-                if reason is not None:
-                    impossible[arm.name] = reason
+            setup = first if seed == recipe.seed else experiment.prepare(seed)
+            impossible |= _impossible(setup, chosen, named=arms is not None)
             runner = ArmRunner(recipe, setup, folder, progress=progress, sinks=sinks)
             for arm in (a for a in chosen if a.name not in impossible):
                 found.append(run_arm_once(runner, arm, folder))
@@ -113,8 +105,17 @@ def run_controls(
     found = [p for p in found if p.arm in names]
     found.sort(key=lambda p: (names.index(p.arm), p.seed))
     return ControlRun(
-        folder.path, tuple(found), numbers, names, impossible, notes, data, time.perf_counter() - began
+        folder.path, tuple(found), numbers, names, impossible, first.notes, first.facts, time.perf_counter() - began
     )  # fmt: skip
+
+
+def _impossible(setup: SeedSetup, chosen: Sequence[Arm], *, named: bool) -> dict[str, str]:
+    """Return name -> reason of the arms that the data do not allow; raise where they were asked for by name."""
+    reasons = {arm.name: reason for arm in chosen if (reason := setup.impossible(arm)) is not None}
+    if named and reasons:
+        name, reason = next(iter(reasons.items()))
+        raise ConfigError(f"the arm `{name}` cannot be run: {reason}")
+    return reasons
 
 
 def choose_arms(recipe: DistillRecipe, arms: Sequence[str] | None) -> list[Arm]:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ from chiasm.distill.arms import ARMS, Arm
 from chiasm.distill.experiment import Experiment, SeedSetup
 from chiasm.distill.recipe import DistillRecipe
 from chiasm.distill.results import StageResult, Surroundings, class_probabilities, trained_tower
-from chiasm.distill.run_folder import RunFolder, open_run, write_predictions, write_rejects
+from chiasm.distill.run_folder import RunFolder, begin_run, open_run, write_predictions
 from chiasm.distill.stages import ArmResult, run_arm, run_unimodal
-from chiasm.errors import ConfigError
+from chiasm.errors import ConfigError, MissingExtra
 from chiasm.io.manifest import write_json_atomic
 from chiasm.metrics.bootstrap import WeightStatistic, weighted_interval
 from chiasm.metrics.calibration import ece_statistic, log_loss_statistic
@@ -118,16 +119,15 @@ def distill(
         TrainingError: A loss that is not a number, or a full disk; finished stages are kept.
     """
     began = time.perf_counter()
+    check_trackers(recipe)
     folder = open_run(recipe, out=out, resume=resume, overwrite=overwrite)
-    sinks = open_sinks(recipe, folder.path)
     experiment = Experiment(recipe, cache=folder.cache, progress=progress)
     setup = experiment.prepare(recipe.seed)
-    write_rejects(folder, experiment.rejected)
-    write_json_atomic(folder.path / "data.json", dict(setup.facts) | {"notes": list(setup.notes)})
     reason = setup.impossible(MAIN)
     if reason is not None:
         raise ConfigError(f"nothing can be distilled: {reason}", hint="look at `pairing` in the recipe")
-    with sinks:
+    begin_run(folder, recipe, facts=setup.facts, notes=setup.notes, rejected=experiment.rejected)
+    with open_sinks(recipe, folder.path) as sinks:
         runner = ArmRunner(recipe, setup, folder, progress=progress, sinks=sinks)
         trained = runner.run(MAIN)
     answers = runner.answers(trained)
@@ -280,6 +280,17 @@ class NamedProgress:
     def finish(self) -> None:
         """End the stage."""
         self.inner.finish()
+
+
+def check_trackers(recipe: DistillRecipe) -> None:
+    """Miss the package of a tracker before anything is read.
+
+    Raises:
+        MissingExtra: It is not installed.
+    """
+    for name in recipe.run.log:
+        if find_spec(name) is None:
+            raise MissingExtra(name, "track")
 
 
 def open_sinks(recipe: DistillRecipe, folder: Path) -> RunLog:

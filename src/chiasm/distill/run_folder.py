@@ -9,9 +9,10 @@ from __future__ import annotations
 import csv
 import io
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from chiasm.config import to_toml
 from chiasm.distill.recipe import DistillRecipe, load_distill_recipe
 from chiasm.errors import CheckpointError, ChiasmError, ConfigError, FileFormatError, InputError
-from chiasm.io.manifest import Rejected, write_bytes_atomic, write_rejected
+from chiasm.io.manifest import Rejected, write_bytes_atomic, write_json_atomic, write_rejected
 from chiasm.train.recipe import expand_path
 
 #: What a run writes; nothing else in a folder is ever deleted.
@@ -57,7 +58,7 @@ class RunFolder:
 def open_run(
     recipe: DistillRecipe, *, out: str | Path | None = None, resume: bool = False, overwrite: bool = False
 ) -> RunFolder:
-    """Return the folder of a run, ready to be written to, with ``recipe.toml`` in it.
+    """Return the folder of a run, ready to be written to; nothing is written yet.
 
     Raises:
         ConfigError: Neither recipe nor caller names a folder.
@@ -80,13 +81,38 @@ def open_run(
             _check_same(folder, recipe)
     cache = folder if recipe.run.cache is None else Path(expand_path(recipe.run.cache, "run.cache"))
     _tidy(folder, cache)
-    write_bytes_atomic(folder / "recipe.toml", to_toml(recipe).encode())
     return RunFolder(folder, cache)
+
+
+def begin_run(
+    folder: RunFolder,
+    recipe: DistillRecipe,
+    *,
+    facts: Mapping[str, Any],
+    notes: Sequence[str],
+    rejected: Sequence[Rejected] = (),
+) -> None:
+    """Write what is known before the first step; from then on the folder holds a run.
+
+    Args:
+        folder: Of the run.
+        recipe: Becomes ``recipe.toml``.
+        facts: Become ``data.json``, with the notes.
+        notes: What every output must say.
+        rejected: Rows that could not be used; become ``rejected.jsonl`` where there are any.
+
+    Raises:
+        InputError: The disk is full, or the folder may not be written to.
+    """
+    if rejected:
+        write_rejected(folder.path / "rejected.jsonl", rejected)
+    write_json_atomic(folder.path / "data.json", dict(facts) | {"notes": list(notes)})
+    write_bytes_atomic(folder.path / "recipe.toml", to_toml(recipe).encode())
 
 
 def holds_run(folder: Path) -> bool:
     """Return whether a run has got beyond its data there: what broke off before may be started again."""
-    return (folder / "recipe.toml").exists() and any((folder / n).exists() for n in ("data.json", "stages", "arms"))
+    return (folder / "recipe.toml").exists()
 
 
 def _check_same(folder: Path, recipe: DistillRecipe) -> None:
@@ -117,12 +143,6 @@ def _clear(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
     for name in FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
-
-
-def write_rejects(folder: RunFolder, rejected: Sequence[Rejected]) -> None:
-    """Write ``rejected.jsonl`` where a row was rejected."""
-    if rejected:
-        write_rejected(folder.path / "rejected.jsonl", rejected)
 
 
 def write_predictions(path: Path, probabilities: NDArray[np.float64], truth: NDArray[np.int64]) -> None:
