@@ -105,6 +105,28 @@ def test_arms_on_images_share_stages_and_features(phantom_recipe, tmp_path):
     assert len({p.test_digest for p in run.predictions}) == 1
 
 
+def test_pictures_that_changed_under_the_same_names_are_seen(phantom_recipe, phantom_table, tmp_path):
+    import shutil
+
+    from PIL import Image
+
+    folder = tmp_path / "data"
+    shutil.copytree(phantom_table.parent, folder)
+    recipe = phantom_recipe(
+        data={"phantoms": None, "source": str(folder / "table.csv")},
+        pairing={"reports": str(folder / "table.csv"), "columns": {"text": "title", "id": "id"}},
+    )
+    arms = ("unimodal", "clip_it")
+    run_controls(recipe, out=tmp_path / "run", seeds=1, arms=arms)
+    setup = Experiment(recipe, cache=tmp_path / "run").prepare(0)
+    for side in ("test", "train"):
+        name = getattr(setup.problem, side).ids[0]
+        Image.new("RGB", (32, 32), (255, 0, 0)).save(folder / "images" / f"{name}.png")
+        again = run_controls(recipe, out=tmp_path / "run", seeds=1, arms=arms, resume=True)
+        fresh = run_controls(recipe, out=tmp_path / side, seeds=1, arms=arms)
+        assert [p.digest for p in again.predictions] == [p.digest for p in fresh.predictions]
+
+
 def test_shuffled_and_random_keep_what_they_must(phantom_recipe, tmp_path):
     from chiasm.distill.targets import targets_of
 

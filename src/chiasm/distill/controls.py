@@ -146,7 +146,7 @@ def run_arm_once(runner: ArmRunner, arm: Arm, folder: RunFolder) -> ArmPredictio
         "arm": arm.name,
         "seed": runner.setup.seed,
         "key": result.final.key,
-        "test": answers.test_digest,
+        "test": f"{answers.test_digest}.{runner.setup.test_content}",
         "steps": result.final.steps,
         "best_step": result.final.best_step,
         "validation": dict(sorted(result.final.metrics.items())),
@@ -164,7 +164,9 @@ def _found(place: Path, result: ArmResult, runner: ArmRunner) -> ArmPredictions 
         found = ArmPredictions(result.arm.name, runner.setup.seed, test.ids, test.groups, truth, probabilities)
     except (OSError, ValueError, FileFormatError):
         return None
-    same_test = found.truth.tolist() == test.labels.tolist() and record.get("test") == found.test_digest
+    same_test = found.truth.tolist() == test.labels.tolist() and record.get("test") == (
+        f"{found.test_digest}.{runner.setup.test_content}"
+    )
     return found if same_test and record.get("key") == result.final.key else None
 
 

@@ -62,6 +62,7 @@ class SeedSetup:
         pool: For features of a tower that was trained.
         row_texts: The texts themselves, by kind of target.
         encoder: Whose text side is adapted, with ``fuse.text_lora``; None otherwise.
+        test_content: Digest of what the test images show; empty for made-up data, which ``problem.digest`` tells.
     """
 
     seed: int
@@ -75,6 +76,7 @@ class SeedSetup:
     pool: ImagePool | None = None
     row_texts: Mapping[str, RowTexts] = field(default_factory=dict)
     encoder: Encoder | None = None
+    test_content: str = ""
 
     def text_tower(self, arm: Arm) -> nn.Module | None:
         """Return the text tower that an arm adapts, with ``fuse.text_lora``; None where texts stay as they are."""
@@ -219,7 +221,7 @@ class Experiment:
             encoder = self.retriever.encoder
         return SeedSetup(
             seed, problem, texts.sources, texts.sources.given["pairs"].dim, backbone, division, notes, facts, self.pool,
-            texts.row_texts, encoder,
+            texts.row_texts, encoder, digest_of(self._contents(division, "test"), 24),
         )  # fmt: skip
 
     def _synthetic(self, seed: int) -> SeedSetup:
@@ -256,9 +258,16 @@ class Experiment:
             train=self._rows(division.train, division, pixels),
             validation=self._rows(division.validation, division, pixels),
             test=self._rows(division.test, division, pixels),
-            digest=digest_of([division.digest, backbone.digest, to_mapping(backbone.preprocess)], 24),
+            digest=digest_of(
+                [division.digest, backbone.digest, to_mapping(backbone.preprocess), self._contents(division)], 24
+            ),
             shared_groups=recipe.data.leakage in ("warn", "off"),
         )
+
+    def _contents(self, division: Division, *sides: str) -> list[str]:
+        """Return the digests of the images of some sides, of all that decide weights unless they are named."""
+        contents = self.pool.contents
+        return [contents[r] for side in sides or ("train", "validation") for r in getattr(division, side)]
 
     def _rows(self, rows: NDArray[np.int64], division: Division, pixels: PoolPixels) -> Rows:
         samples = self.images.table.samples
