@@ -222,6 +222,8 @@ def test_encodings_are_detected(tmp_path: Path, encoding: str) -> None:
         ("r.csv", b"id,text\n1,\n", InputError, "no usable report: 1 row rejected: 1 text is empty"),
         ("r.csv", b"id,text\n", InputError, "no usable report"),
         ("r.csv", b"id,age\n1,SECRET\n", InputError, "no column of reports"),
+        ("r.csv", b"S-1,SECRET with a carcinoma of the breast of grade 2\nS-2,none\n", InputError, "lack a header"),
+        ("r.csv", b"SECRET,1953-02-03,female\nother,1960-01-01,male\n", InputError, "lack a header"),
         ("r.txt", "SECRET".encode("utf-16-le"), FileFormatError, "binary file"),
         ("r.csv", b"id,text\n1," + b"S" * 200_000, FileFormatError, "not a table near line 2"),
         ("r.jsonl", b'{"text": \xff"SECRET"}\n', InputError, "no usable report"),
@@ -239,6 +241,21 @@ def test_hostile_files_end_in_named_errors(
         read_reports(path)
     assert "SECRET" not in str(caught.value)
     assert str(tmp_path) not in str(caught.value)
+
+
+def test_a_first_row_that_may_be_a_patient_is_not_repeated(tmp_path: Path) -> None:
+    path = tmp_path / "r.csv"
+    path.write_text("SECRET,1953-02-03,a long report of no particular interest to anybody at all\nx,y,z\n")
+    with pytest.raises(UnknownName, match="lack a header") as caught:
+        read_reports(path, text="SECRE")
+    assert "SECRET" not in str(caught.value)
+    path.write_text("key,stain_2,words\nx,y,z\n")
+    with pytest.raises(
+        UnknownName, match=r"did you mean `words`\?\nhint: `r.csv` has the columns `key`, `stain_2`, `words`"
+    ):
+        read_reports(path, text="word")
+    with pytest.raises(InputError, match=r"--report-column text=NAME.*pairing\.columns\.text"):
+        read_reports(path)
 
 
 def test_absent_empty_and_wrong_places_are_named(tmp_path: Path) -> None:

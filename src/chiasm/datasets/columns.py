@@ -16,6 +16,10 @@ from chiasm.errors import InputError, UnknownName
 
 #: Spellings that mean "no value here". The word "none" is not among them: it is a class name in many tables.
 MISSING = frozenset({"", "nan", "null", "na", "n/a", "<na>", "#n/a"})
+#: A header's cell beyond this is text.
+MAX_NAME_CHARS = 40
+#: Figures with or without marks between them: a number, a date, a time.
+_NUMBER = re.compile(r"\W*\d[\d\W]*")
 
 #: Names are compared without case, spaces and punctuation: `Patient ID`, `patient_id` and `patientid` are one.
 IMAGE_NAMES = (
@@ -148,8 +152,23 @@ def find_column(name: str, header: Sequence[str], table: str) -> str:
     same = [h for h in header if plain_name(h) == plain_name(name)]
     if len(same) == 1:
         return same[0]
-    shown = ", ".join(f"`{h}`" for h in header[:12]) + (" ..." if len(header) > 12 else "")
-    raise UnknownName("column", name, header, hint=f"`{table}` has the columns {shown}")
+    known = header if looks_like_names(header) else ()
+    raise UnknownName("column", name, known, hint=f"`{table}` has {show_columns(header)}")
+
+
+def looks_like_names(header: Sequence[str]) -> bool:
+    """Return whether no cell of a header is too long for a name, or a mere number or date.
+
+    Else the table may lack a header, and what stands in its place is the first patient.
+    """
+    return not any(len(h) > MAX_NAME_CHARS or _NUMBER.fullmatch(h) for h in header)
+
+
+def show_columns(header: Sequence[str], *, most: int = 12) -> str:
+    """Return the names of a table's columns for a message; not those of a row that may be a patient's."""
+    if not looks_like_names(header):
+        return f"{len(header)} columns, and a first row that does not look like their names: does it lack a header?"
+    return "the columns " + ", ".join(f"`{h}`" for h in header[:most]) + (" ..." if len(header) > most else "")
 
 
 def is_unique(values: Sequence[object]) -> bool:

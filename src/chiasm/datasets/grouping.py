@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
-from chiasm.datasets.columns import find_column, is_missing, plain_name
+from chiasm.datasets.columns import find_column, is_missing, plain_name, show_columns
 from chiasm.datasets.parsing import parse_table
 from chiasm.errors import FileFormatError, InputError
 
@@ -81,6 +81,7 @@ def _column(what: str, wanted: str | None, known: tuple[str, ...], header: tuple
     named: Mapping[str, str] = {plain_name(h): h for h in reversed(header)}
     found = next((named[k] for k in known if k in named), None)
     if found is None:
-        shown = ", ".join(f"`{h}`" for h in header[:8])
-        raise InputError(f"`{table}` has no column of the {what}; it has {shown}", hint=f"name it: `{what}=COLUMN`")
+        raise InputError(
+            f"`{table}` has no column of the {what}; it has {show_columns(header)}", hint=f"name it: `{what}=COLUMN`"
+        )
     return found

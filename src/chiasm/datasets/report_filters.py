@@ -71,7 +71,7 @@ def make_corpus(
     if not left:
         raise InputError(
             f"`{name}` has no usable report" + (f": {summarize_rejected(bad)}" if bad else ""),
-            hint="name the column of the reports with `text`" if columns else "give a file with reports in it",
+            hint=name_column("text") if columns else "give a file with reports in it",
         )
     counts = []
     for one in filters:
@@ -82,6 +82,11 @@ def make_corpus(
         left = kept
     reports = tuple(Report(r.id, cleaned, r.tissue, r.patient) for r, cleaned in left)
     return ReportCorpus(reports, name, tuple(counts), tuple(bad), columns)
+
+
+def name_column(role: str) -> str:
+    """Return how a column of a corpus is named: at the command line, in a recipe and in Python."""
+    return f"name it: `--report-column {role}=NAME`, in a recipe `pairing.columns.{role}`, in Python `{role}=`"
 
 
 def tissue_filter(pattern: str, column: str | None) -> Filter:

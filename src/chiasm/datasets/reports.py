@@ -11,7 +11,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from chiasm.datasets.columns import Columns, cell_text, find_column, is_unique, plain_name, resolve_columns
+from chiasm.datasets.columns import (
+    Columns,
+    cell_text,
+    find_column,
+    is_unique,
+    plain_name,
+    resolve_columns,
+    show_columns,
+)
 from chiasm.datasets.corpus import FilterCount, Report, ReportCorpus
 from chiasm.datasets.parsing import RawTable, parse_table, read_text
 from chiasm.datasets.report_filters import (
@@ -19,6 +27,7 @@ from chiasm.datasets.report_filters import (
     RawReport,
     cell_filter,
     make_corpus,
+    name_column,
     text_filters,
     tissue_filter,
 )
@@ -135,9 +144,9 @@ def _read_table(
         wanted = replace(wanted, id=_first_column(table, REPORT_ID_NAMES, unique=True))
     found = resolve_columns(wanted, header, table.values, path.name)
     if not found.text:
-        shown = ", ".join(f"`{h}`" for h in header[:12]) + (" ..." if len(header) > 12 else "")
         raise InputError(
-            f"table `{path.name}` has no column of reports", hint=f"name it with `text`; there are {shown}"
+            f"table `{path.name}` has no column of reports",
+            hint=f"{name_column('text')}; it has {show_columns(header)}",
         )
     if tissue_column is None:
         tissue_column = _first_column(table, TISSUE_NAMES)
@@ -147,9 +156,7 @@ def _read_table(
     columns_asked = {c: find_column(c, header, path.name) for c in asked}
     texts = (found.text,) if isinstance(found.text, str) else found.text
     if any(isinstance(v, Path) for c in texts for v in table.values(c)[:1]):
-        raise InputError(
-            f"the column of reports of `{path.name}` holds bytes, not text", hint="name another with `text`"
-        )
+        raise InputError(f"the column of reports of `{path.name}` holds bytes, not text", hint=name_column("text"))
 
     def cell(cells: Sequence[object], column: str | None) -> str | None:
         return cell_text(cells[place[column]]) if column else None
@@ -186,7 +193,7 @@ def _row_ids(table: RawTable, columns: Columns, *, detect: bool) -> list[str]:
             repeated = len(ids) - blank - len({i for i in ids if i is not None})
             raise InputError(
                 f"id column `{columns.id}` is not unique: {blank} blank, {repeated} repeated",
-                hint="name another column with `id`; an empty name means none",
+                hint=f"{name_column('id')}; an empty name means none",
             )
         return [i or "" for i in ids]
     for column in (columns.study, columns.patient):
