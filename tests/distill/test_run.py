@@ -232,6 +232,20 @@ def test_pairs_are_blind_to_labels_and_pairs_on_disk_are_the_same(files_recipe, 
             Experiment(recipe, cache=tmp_path / "b").prepare(0)
 
 
+def test_what_text_there_was_not_is_said(files_recipe, tmp_path):
+    recipe, folder, _ = files_recipe
+    reports = folder / "reports.txt"
+    assert not any("report" in note for note in Experiment(recipe, cache=tmp_path / "a").prepare(0).notes)
+    reports.write_text("Tumour.\n \n")
+    one = replace(recipe, pairing=replace(recipe.pairing, top_k=1))
+    notes = Experiment(one, cache=tmp_path / "b").prepare(0).notes
+    assert "reports left out: 1 text is empty" in notes
+    assert any("have one and the same report" in note for note in notes)
+    reports.write_text("Tumour.\nNo tumour at all.")
+    none = replace(one, pairing=replace(one.pairing, min_similarity=0.99))
+    assert any("have no report near enough" in note for note in Experiment(none, cache=tmp_path / "c").prepare(0).notes)
+
+
 def test_a_tower_that_is_trained_and_then_adapted_is_the_one_that_is_saved(phantom_recipe, tmp_path):
     recipe = phantom_recipe(
         backbone={"unimodal": "full", "lora": {"rank": 2}, "augment": {"preset": "histology"}}, unimodal={"lr": 1e-3}

@@ -211,7 +211,8 @@ class Experiment:
             "texts": {**self.material.facts, **texts.facts},
             "digest": problem.digest,
         }
-        notes = (*data_notes(images, division, data), *_shared_patients(self.material, problem))
+        notes = (*data_notes(images, division, data), *_text_notes({**self.material.facts, **texts.facts}))
+        notes = (*notes, *_shared_patients(self.material, problem))
         if not len(division.validation):
             notes = (*notes, "nothing is held out for validation: the last weights of each stage are kept")
         encoder = None
@@ -288,6 +289,25 @@ class _RowPixels:
 
     def __call__(self, rows: NDArray[np.int64], rng: np.random.Generator | None) -> Any:
         return self.pixels(self.rows[rows], rng)
+
+
+def _text_notes(facts: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return notes about a corpus that was not read whole, images without a report, and one report for all."""
+    notes = []
+    rejected = facts.get("corpus", {}).get("rejected", {})
+    if rejected:
+        notes.append("reports left out: " + ", ".join(f"{n} {reason}" for reason, n in rejected.items()))
+    if facts["without_report"]:
+        notes.append(
+            f"{facts['without_report']} of {facts['without_report'] + facts['paired']} images of training and validation "
+            "have no report near enough, so no text teaches them"
+        )
+    if facts["reports_used"] == 1 and facts["paired"] > 1:
+        notes.append(
+            f"all {facts['paired']} paired images have one and the same report: it can teach nothing, and shuffling changes "
+            "nothing; look at the page of `chiasm pairing`"
+        )
+    return tuple(notes)
 
 
 def _shared_patients(material: TextMaterial, problem: Problem) -> tuple[str, ...]:
