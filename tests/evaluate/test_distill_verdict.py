@@ -83,8 +83,10 @@ def test_other_patients_can_take_the_claim_back() -> None:
     sure = verdict(case(lambda0=difference(UP, (0.02, 0.12)), unimodal=difference(UP, (0.01, 0.1))))
     assert sure.outcome == "helped"
     assert "With patients drawn anew as well, the intervals are [+2.0, +12.0]" in sure.sentence
-    unknown = verdict(case(lambda0=difference(UP, (float("nan"), float("nan")))))
-    assert unknown.outcome == "helped"
+    nothing = difference(UP, (float("nan"), float("nan")))  # one patient in the test set
+    unknown = verdict(case(lambda0=nothing, unimodal=nothing))
+    assert unknown.outcome == "these_patients_only"
+    assert "too few patients" in unknown.sentence
     assert "nan" not in unknown.sentence
 
 

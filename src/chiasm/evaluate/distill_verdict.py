@@ -4,7 +4,7 @@ Comes in: paired differences of balanced accuracy, named ``more-less`` after the
 sentences with numbers in percentage points. The rule is fixed here, before any result is seen; nothing is tuned.
 
 The rule, with "above" meaning: the mean over seeds is above 0, its Holm-corrected p is below 0.05, and the joint interval
-over seeds and patients, where there is one, lies above 0:
+over seeds and patients, where the seeds share a test set, lies above 0 (one that cannot be computed does not):
 
 1. an arm that is needed is absent, or fewer than two seeds: ``cannot_say``;
 2. CLIP-IT is below itself without text: ``hurt``; only below images only: ``worse_than_unimodal``;
@@ -159,7 +159,7 @@ def _state(difference: SeedDifference, alpha: float) -> _State:
     if difference.value < 0:
         return "below"
     joint = difference.patients
-    return "above_here" if joint is not None and joint.low <= 0 else "above"
+    return "above_here" if joint is not None and not joint.low > 0 else "above"  # NaN: too few patients to know
 
 
 class _Sentences:
@@ -235,6 +235,8 @@ class _Sentences:
         return all(d is not None and math.isfinite(d.low) for d in joint)
 
     def joint(self) -> str:
+        if not self.has_joint():
+            return "The test set has too few patients to say anything about others."
         found = [
             f"[{points(d.patients.low)}, {points(d.patients.high)}] against {SPOKEN[o]}"
             for o in ("lambda0", "unimodal")
