@@ -16,6 +16,7 @@ from chiasm.errors import InputError
 from chiasm.evaluate.page import render_page
 from chiasm.evaluate.pairing_page import pairing_page
 from chiasm.evaluate.pairing_scores import score_pairing
+from chiasm.metrics.pairing import hubness
 from chiasm.pairing import PairingRun, pair_reports
 from chiasm.testing import TinyEncoder
 from chiasm.types import Sample
@@ -129,6 +130,21 @@ def test_nothing_paired_makes_a_page_all_the_same(samples: list[Sample]) -> None
     html = render_page(pairing_page(run, scores, samples, examples=3))
     assert "nan" not in html
     assert f"it leaves {len(samples)} of {len(samples)} images" in html
+
+
+def test_one_report_for_most_images_is_warned_of(run: PairingRun, samples: list[Sample]) -> None:
+    scores = score_pairing(run)
+    n = scores.paired
+
+    def page(most: int) -> str:
+        loads = np.zeros(len(scores.loads), dtype=np.int64)
+        loads[:3] = most, (n - most) // 2, (n - most + 1) // 2
+        return render_page(pairing_page(run, replace(scores, loads=loads, hubness=hubness(loads)), samples))
+
+    assert f"All {n} images have one and the same report" in page(n)
+    assert f"{n - 1} of {n} images have one and the same report" in page(n - 1)
+    assert "one and the same report" not in page(n // 2)
+    assert "pairs = " in page(n)
 
 
 def test_examples_whose_file_has_gone_are_passed_over(run: PairingRun, samples: list[Sample], tmp_path: Path) -> None:

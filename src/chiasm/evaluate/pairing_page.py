@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 #: Letters of a report that are shown before and after the marked chunk.
 CONTEXT_LETTERS = 420
+#: A report that more than this share of the images have is warned of.
+MOST = 0.5
 _PICTURE_PX = 240
 _AGGREGATES = {
     "max": "its nearest chunk",
@@ -215,6 +217,7 @@ def _sharing(scores: PairingScores) -> Section:
         "In a space of many dimensions some texts are near to everything. Such hubs give many images the same report, and "
         "a classifier learns little from them; the option --correction csls takes images from them.",
         (
+            *_one_for_most(scores),
             Figure(
                 load_curve(scores.loads, scores.random_loads),
                 "Each step is one report; the area is the number of images.",
@@ -241,6 +244,16 @@ def _sharing(scores: PairingScores) -> Section:
             ),
         ),
     )
+
+
+def _one_for_most(scores: PairingScores) -> tuple[Block, ...]:
+    """Return a warning where most images have one and the same report."""
+    load, paired = scores.hubness.max_load, scores.paired
+    if paired < 2 or load <= MOST * paired or scores.distinct_reports < 2:
+        return ()
+    which = "All" if load == paired else f"{load:,} of"
+    text = f"{which} {paired:,} images have one and the same report: these pairs tell images apart hardly or not at all, and "
+    return (Note(text + "little can be learned from them. Another encoder is needed, or a correction.", "warning"),)
 
 
 def _control(scores: PairingScores) -> Section:
@@ -361,11 +374,12 @@ def _go_on(folder: str) -> Section:
         "Go on",
         "The pairs know encoder, corpus and images that they were made from, and refuse others.",
         (
+            Commands(f'[pairing]\npairs = "{folder}"', "In a recipe of chiasm distill, with the same images."),
             Commands(
                 "from chiasm.io.pairs import load_pairs\n\n"
                 f'pairs = load_pairs("{folder}", corpus_digest=..., space=...)\n'
                 "targets, similarity, mask = pairs.targets(image_ids, top_k=1)",
-                "Text vectors as targets; the command chiasm distill uses them the same way.",
+                "In Python: text vectors as targets.",
             ),
         ),
     )
