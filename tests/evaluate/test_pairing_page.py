@@ -141,10 +141,10 @@ def test_one_report_for_most_images_is_warned_of(run: PairingRun, samples: list[
         loads[:3] = most, (n - most) // 2, (n - most + 1) // 2
         return render_page(pairing_page(run, replace(scores, loads=loads, hubness=hubness(loads)), samples))
 
-    assert f"All {n} images have one and the same report" in page(n)
-    assert f"{n - 1} of {n} images have one and the same report" in page(n - 1)
+    told = page(n - 1)
+    assert f"{n - 1} of {n} images have one and the same report" in told
     assert "one and the same report" not in page(n // 2)
-    assert "pairs = " in page(n)
+    assert "pairs = " in told
 
 
 def test_examples_whose_file_has_gone_are_passed_over(run: PairingRun, samples: list[Sample], tmp_path: Path) -> None:

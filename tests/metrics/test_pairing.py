@@ -28,6 +28,7 @@ def test_even_and_uneven_loads() -> None:
     assert even.to_dict()["skewness"] is None
     one = hubness([0] * 99 + [100])
     assert (one.used, one.top_share, one.entropy, one.effective) == (1, 1, 0, 1)
+    assert hubness([1] * 197 + [10, 20, 173]).top_share == pytest.approx(193 / 400), "1 % of 200 reports are two"
     assert one.gini == pytest.approx(0.99)
     assert one.skewness > 5
     none = hubness([0, 0])
