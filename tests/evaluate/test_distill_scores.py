@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -70,6 +71,16 @@ def test_json_has_what_the_issue_asks_for(scores):
     assert (found["n_seeds"], found["n_test"], found["chance"]) == (5, [120, 120], pytest.approx(1 / 3))
     assert set(found["computed_from"]) == {"test_sets", "predictions"}
     assert "patient-" not in json.dumps(found)
+
+
+def test_more_seeds_on_the_same_patients_do_not_narrow_the_curve():
+    """The trap: a patient counted once a seed looks like so many patients."""
+    (one,) = make_arms({"clip_it": 0.5}, seeds=1, n=90, patients=9)
+    copies = [replace(one, seed=s) for s in range(8)]
+    once, often = (score_arms(a, n_resamples=2).arms["clip_it"].reliability for a in ([one], copies))
+    assert often.accuracy == pytest.approx(once.accuracy)
+    widths = [np.subtract(c.high, c.low).mean() for c in (once, often)]
+    assert widths[1] == pytest.approx(widths[0], rel=0.05)
 
 
 def test_numbers_are_those_of_scikit_learn(scores):
