@@ -16,6 +16,7 @@ import hashlib
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -24,6 +25,21 @@ from chiasm.errors import InputError
 from chiasm.metrics.bootstrap import SMALLEST_DEFINED, Clusters, Floats, WeightStatistic, holm
 from chiasm.metrics.labels import as_class_numbers, as_probabilities
 from chiasm.types import Interval, digest_of
+
+
+class Tested(Protocol):
+    """A frozen dataclass with a p value and its uncorrected form, which :func:`correct` can work on."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def p(self) -> float: ...  # noqa: D102
+
+    @property
+    def p_raw(self) -> float: ...  # noqa: D102
+
+
+AnyTest = TypeVar("AnyTest", bound=Tested)
 
 NO_SPREAD = 1e-12
 """Differences whose standard deviation is below this are the same number, up to rounding."""
@@ -262,13 +278,11 @@ def seed_difference(first: Mapping[int, float], second: Mapping[int, float], *, 
     )
 
 
-def correct(
-    differences: Mapping[str, SeedDifference], families: Sequence[Sequence[str]] | None = None
-) -> dict[str, SeedDifference]:
+def correct(differences: Mapping[str, AnyTest], families: Sequence[Sequence[str]] | None = None) -> dict[str, AnyTest]:
     """Return the differences with ``p`` corrected by Holm's method within each family.
 
     Args:
-        differences: Name -> difference.
+        differences: Name -> :class:`SeedDifference`, or another test that has ``p_raw`` and ``p``.
         families: Names that answer one question together; names that are absent are skipped, and those in no family form
             one of their own. None: one family of all.
 
