@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 from chiasm.config import build
 from chiasm.distill.backbone import Backbone, ImagePool, chosen_augment, image_digests, open_backbone
 from chiasm.distill.data import open_images
+from chiasm.distill.experiment import Experiment
 from chiasm.distill.recipe import BackboneConfig, DistillData
 from chiasm.errors import ChiasmError, UnknownName
 from chiasm.train.images import file_images
@@ -97,6 +99,34 @@ def test_arrays_and_members_of_files_have_digests_too(phantom_table, tmp_path):
     assert open_image_path(samples[0].image).size == (8, 8)
     table = PairTable(samples, (RenderedText((), ""),) * 3)
     assert len(set(image_digests(table, folder=tmp_path))) == 3
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_as_many_threads_prepare_images_as_the_recipe_says(
+    phantom_recipe, phantom_table, tmp_path, workers, monkeypatch
+):
+    sizes = set()
+
+    class Counted(ThreadPoolExecutor):
+        def __init__(self, threads, **options):
+            sizes.add(threads)
+            super().__init__(threads, **options)
+
+    for module in ("distill.backbone", "train.images", "train.sources"):
+        monkeypatch.setattr(f"chiasm.{module}.ThreadPoolExecutor", Counted)
+    data = {
+        "source": str(phantom_table),
+        "phantoms": None,
+        "patients": None,
+        "phantom_size": None,
+        "phantom_seed": None,
+    }
+    experiment = Experiment(phantom_recipe(data=data, run={"workers": workers}), cache=tmp_path)
+    experiment.pool.contents  # noqa: B018 - it is what reads files
+    backbone = experiment.backbone(0)
+    experiment.pool.features(backbone, [0, 1])
+    experiment.pool.pixels(backbone, None)(np.array([0, 1]), None)
+    assert sizes == {workers}
 
 
 def test_a_loaded_tower_is_the_same_for_all_seeds(retriever_dir, phantom_table, tmp_path):

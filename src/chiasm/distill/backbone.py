@@ -134,15 +134,23 @@ class ImagePool:
         folder: Of the cache.
         batch_size: Images per forward pass without gradients.
         progress: Told while features are computed.
+        workers: Threads that decode and prepare images.
     """
 
     def __init__(
-        self, table: PairTable, *, folder: Path, batch_size: int = 32, progress: Progress | None = None
+        self,
+        table: PairTable,
+        *,
+        folder: Path,
+        batch_size: int = 32,
+        progress: Progress | None = None,
+        workers: int = 2,
     ) -> None:
         self.table = table
         self.folder = folder
         self.batch_size = batch_size
         self.progress = progress or SilentProgress()
+        self.workers = workers
         self._contents: list[str] | None = None
         self._pixels: dict[tuple[Preprocess, Augment | None], PoolPixels] = {}
 
@@ -150,7 +158,7 @@ class ImagePool:
     def contents(self) -> list[str]:
         """The digest of each image's content, whatever it is called and wherever it lies."""
         if self._contents is None:
-            self._contents = image_digests(self.table, folder=self.folder, progress=self.progress)
+            self._contents = image_digests(self.table, folder=self.folder, progress=self.progress, workers=self.workers)
         return self._contents
 
     def features(self, backbone: Backbone, rows: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float32]:
@@ -171,7 +179,7 @@ class ImagePool:
 
     def _shard(self, backbone: Backbone, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         key = [backbone.digest, changed_fields(backbone.preprocess), [self.contents[r] for r in rows], self.batch_size]
-        images = file_images(self.table, backbone.preprocess, augment=None)
+        images = file_images(self.table, backbone.preprocess, augment=None, workers=self.workers)
         device = next((p.device for p in backbone.tower.parameters()), None)
 
         def batches() -> Iterator[NDArray[np.float32]]:
@@ -188,7 +196,9 @@ class ImagePool:
         """
         key = (backbone.preprocess, augment)
         if key not in self._pixels:
-            self._pixels[key] = PoolPixels(self.table, backbone.preprocess, augment, self.progress)
+            self._pixels[key] = PoolPixels(
+                self.table, backbone.preprocess, augment, self.progress, workers=self.workers
+            )
         return self._pixels[key]
 
 
@@ -204,9 +214,16 @@ class PoolPixels:
     """Makes pixels of rows, from decoded images in memory where they fit; they are decoded at the first call."""
 
     def __init__(
-        self, table: PairTable, preprocess: Preprocess, augment: Augment | None, progress: Progress | None = None
+        self,
+        table: PairTable,
+        preprocess: Preprocess,
+        augment: Augment | None,
+        progress: Progress | None = None,
+        *,
+        workers: int = 2,
     ) -> None:
         self.table = table
+        self.workers = workers
         self.preprocess = preprocess
         self.augment = augment
         self.progress = progress
@@ -217,7 +234,7 @@ class PoolPixels:
         if self._images is None:
             self._images, _ = images_of(
                 self.table, self.preprocess, data=_Reading(), augment=self.augment, rejects=RejectLog(),
-                progress=self.progress,
+                progress=self.progress, workers=self.workers,
             )  # fmt: skip
         return self._images(rows, rng)[0]
 
@@ -232,7 +249,7 @@ def chosen_augment(config: BackboneConfig) -> Augment | None:
     return None if augment == Augment.preset("none") else augment
 
 
-def image_digests(table: PairTable, *, folder: Path, progress: Progress | None = None) -> list[str]:
+def image_digests(table: PairTable, *, folder: Path, progress: Progress | None = None, workers: int = 2) -> list[str]:
     """Return a digest of each image's content, remembered in ``folder`` while no file changes.
 
     See `chiasm.datasets.images.hash_image`, which pairs on disk are made with, too; phantoms are known by their pixels.
@@ -254,7 +271,7 @@ def image_digests(table: PairTable, *, folder: Path, progress: Progress | None =
     progress.start(len(table), "contents of images")
     digests: list[str] = []
     try:
-        with ThreadPoolExecutor(2, thread_name_prefix="chiasm-digest") as pool:
+        with ThreadPoolExecutor(max(1, workers), thread_name_prefix="chiasm-digest") as pool:
             for digest in pool.map(one, range(len(table))):
                 digests.append(digest)
                 progress.advance(1)

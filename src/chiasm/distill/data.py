@@ -110,13 +110,16 @@ class Division:
     digest: str
 
 
-def open_images(data: DistillData, *, progress: Progress | None = None, cache: Path | None = None) -> LabelledImages:
+def open_images(
+    data: DistillData, *, progress: Progress | None = None, cache: Path | None = None, workers: int = 2
+) -> LabelledImages:
     """Read the images of a recipe and the class of each.
 
     Args:
         data: Of the recipe; not ``synthetic``.
         progress: Told while phantoms are drawn and files are looked at.
         cache: Folder that remembers which files could be decoded.
+        workers: Threads that decode.
 
     Raises:
         ConfigError: ``data.label`` is not named where there are several, or is no column of classes.
@@ -138,7 +141,7 @@ def open_images(data: DistillData, *, progress: Progress | None = None, cache: P
     labels = np.array([number[str(named[i])] for i in kept], np.int64)
     log = RejectLog(rejected)
     if arrays is None:
-        table, labels = _readable(table, labels, log, cache, progress)
+        table, labels = _readable(table, labels, log, cache, progress, workers=workers)
     prompts, are_sentences = _prompts(data, label, classes, facts)
     return LabelledImages(
         name, label, classes, table, labels, prompts, are_sentences, log.items,
@@ -231,14 +234,14 @@ def _natural(name: str) -> tuple[int, float, str]:
 
 
 def _readable(
-    table: PairTable, labels: Rows, log: RejectLog, cache: Path | None, progress: Progress
+    table: PairTable, labels: Rows, log: RejectLog, cache: Path | None, progress: Progress, *, workers: int
 ) -> tuple[PairTable, Rows]:
     """Return the rows whose images decode; the outcome is remembered while no file changes."""
     from chiasm.train.images import readable
 
     if cache is None:
         return table, labels
-    usable = readable(table, rejects=log, fail=False, cache=cache, progress=progress)
+    usable = readable(table, rejects=log, fail=False, cache=cache, progress=progress, workers=workers)
     kept = {s.id for s in usable.samples}
     return usable, labels[[i for i, s in enumerate(table.samples) if s.id in kept]]
 

@@ -143,14 +143,17 @@ class Experiment:
     @cached_property
     def images(self) -> LabelledImages:
         """The images; decoded once to see that they can be."""
-        return open_images(self.recipe.data, progress=self.progress, cache=self.features)
+        return open_images(
+            self.recipe.data, progress=self.progress, cache=self.features, workers=self.recipe.run.workers
+        )
 
     @cached_property
     def pool(self) -> ImagePool:
         """The images, ready for any tower."""
         run = self.recipe.run
         return ImagePool(
-            self.images.table, folder=self.features, batch_size=run.batch_size, progress=self.progress
+            self.images.table, folder=self.features, batch_size=run.batch_size, progress=self.progress,
+            workers=run.workers,
         )  # fmt: skip
 
     @cached_property

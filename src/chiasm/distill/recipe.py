@@ -173,7 +173,7 @@ class PairingConfig:
         temperature: Weights of the ``top_k`` are softmax(similarity / temperature); None: equal.
         min_similarity: Pairs below it do not teach; ``auto``: see ``chiasm pairing``; None: all teach.
         aggregate: How the chunks of a report count.
-        correction: Of hubs.
+        correction: Of hubs, reports that are near to many images; see ``chiasm pairing``.
         phantom_reports: Synthetic patients whose reports are the corpus, numbered after those of the images.
         prompts: Class -> sentences, for the arms ``prompt_text`` and ``label_leak``. Empty: ``prompt`` with the class
             name.
@@ -262,8 +262,8 @@ class BackboneConfig:
 class HeadOptions:
     """Kinds of the heads; their widths follow from backbone, classes and texts.
 
-    Fields are those of :class:`chiasm.encoders.heads.HeadsConfig`; ``raw_text = true`` stands for no ``text_length``, as
-    TOML has no null.
+    Attributes (all others as in :class:`chiasm.encoders.heads.HeadsConfig`):
+        raw_text: No ``text_length``: the predicted embedding enters ``h_t`` as long as it is. (TOML has no null.)
     """
 
     vision: Literal["linear", "mlp"] = "linear"
@@ -292,7 +292,7 @@ class StageConfig:
         lr: Learning rate.
         weight_decay: Added to the gradient (``adam``) or applied to the weights (``adamw``).
         optimizer: ``adam``, ``adamw`` or ``sgd`` (momentum 0.9, Nesterov).
-        schedule: After no warm-up.
+        schedule: Of ``lr``: ``constant``, or ``cosine``, which falls to 0 over the stage; there is no warm-up.
         clip_norm: Upper bound of the gradient's norm; None: no clipping.
         class_weights: Weight classes by the inverse of how often they are trained on.
         monitor: What on held-out groups decides which weights are kept; ``none``: the last.
@@ -381,7 +381,7 @@ class DistillRun:
         out: Folder; the command line's ``--out`` comes first.
         cache: Folder of features, embeddings and finished stages, which runs may share; None: in the run's own.
         device: ``cpu``, ``cuda`` ...
-        workers: Threads that prepare images.
+        workers: Threads that decode and prepare images; 0 is 1.
         batch_size: Images or texts per forward pass without gradients.
         log: Where else numbers go.
         ref_compat: Cross-entropy of the softmax output, as the published code computes it: only to compare with it.
@@ -390,7 +390,7 @@ class DistillRun:
     out: str | None = None
     cache: str | None = None
     device: str = "cpu"
-    workers: int = 1
+    workers: int = 2
     batch_size: int = 32
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()
     ref_compat: bool = False

@@ -52,6 +52,7 @@ def images_of(
     augment: Augment | None,
     rejects: RejectLog,
     progress: Progress | None = None,
+    workers: int = 2,
 ) -> tuple[ImageBatch, PairTable]:
     """Return what makes pixels of rows, from memory if the recipe allows and they fit, and the rows that can be read.
 
@@ -62,6 +63,7 @@ def images_of(
         augment: None: never augment.
         rejects: Where unreadable images are noted; those of files that are read later, when they are met.
         progress: Told after every image that is decoded into memory.
+        workers: Threads that decode; the pixels do not depend on how many.
 
     Raises:
         InputError: No image can be read, or one cannot and ``data.on_bad_row`` is ``fail``.
@@ -77,11 +79,12 @@ def images_of(
         def decode(row: int) -> NDArray[np.uint8]:
             return np.asarray(fit_image(table.open(row), preprocess))
 
-        usable = _each(table, decode, made.append, rejects, fail=data.on_bad_row == "fail", progress=progress)
+        fail = data.on_bad_row == "fail"
+        usable = _each(table, decode, made.append, rejects, fail=fail, progress=progress, workers=workers)
         return ArrayImages(_stacked(made), BatchTransform(preprocess, augment)), usable
     # Processes that share a batch must all hold equally many rows of it.
     strict = data.on_bad_row == "fail" or current_group().world > 1
-    return file_images(table, preprocess, augment=augment, rejects=None if strict else rejects), table
+    return file_images(table, preprocess, augment=augment, rejects=None if strict else rejects, workers=workers), table
 
 
 def _leaves_fitted(p: Preprocess) -> bool:
@@ -91,17 +94,33 @@ def _leaves_fitted(p: Preprocess) -> bool:
 
 
 def file_images(
-    table: PairTable, preprocess: Preprocess, *, augment: Augment | None, rejects: RejectLog | None = None
+    table: PairTable,
+    preprocess: Preprocess,
+    *,
+    augment: Augment | None,
+    rejects: RejectLog | None = None,
+    workers: int = 2,
 ) -> FileImages:
     """Return what decodes rows when they are asked for, augmenting each image at its full resolution."""
     augmented = None if augment is None else augmentation(augment, preprocess)
     return FileImages(
-        table.open, image_transform(preprocess), augmented=augmented, rejects=rejects, samples=table.samples
+        table.open,
+        image_transform(preprocess),
+        augmented=augmented,
+        rejects=rejects,
+        samples=table.samples,
+        workers=workers,
     )
 
 
 def readable(
-    table: PairTable, *, rejects: RejectLog, fail: bool, cache: Path, progress: Progress | None = None
+    table: PairTable,
+    *,
+    rejects: RejectLog,
+    fail: bool,
+    cache: Path,
+    progress: Progress | None = None,
+    workers: int = 2,
 ) -> PairTable:
     """Return the rows whose images decode; the outcome is remembered in ``cache`` while no file changes.
 
@@ -115,7 +134,7 @@ def readable(
             rejects.add(row, table.samples[row].id, reason)
         return table.select([r for r in range(len(table)) if r not in bad])
     mine = RejectLog()
-    usable = _each(table, table.open, lambda image: None, mine, fail=fail, progress=progress)
+    usable = _each(table, table.open, lambda image: None, mine, fail=fail, progress=progress, workers=workers)
     for rejected in mine:
         rejects.add(rejected.row, rejected.id, rejected.reason)
     write_json_atomic(note, {str(r.row): r.reason for r in mine})
@@ -130,6 +149,7 @@ def _each(
     *,
     fail: bool,
     progress: Progress | None,
+    workers: int,
 ) -> PairTable:
     """Make something of every row in threads, hand it over in order, and return the rows for which it worked."""
 
@@ -142,7 +162,7 @@ def _each(
     progress = progress or SilentProgress()
     progress.start(len(table), "images")
     rows: list[int] = []
-    pool = ThreadPoolExecutor(2, thread_name_prefix="chiasm-decode")
+    pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="chiasm-decode")
     try:
         for start in range(0, len(table), CHUNK):
             part = range(start, min(start + CHUNK, len(table)))
