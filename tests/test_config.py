@@ -89,6 +89,26 @@ def test_mistakes_name_the_field(values: dict[str, Any], words: list[str]) -> No
         assert word in str(caught.value)
 
 
+@dataclass(frozen=True)
+class Stage:
+    steps: int = 1
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ConfigError(f"`steps` must be at least 1, got {self.steps}", hint="more")
+
+
+@dataclass(frozen=True)
+class Stages:
+    first: Stage = field(default_factory=Stage)
+    second: Stage = field(default_factory=Stage)
+
+
+def test_a_table_that_stands_twice_tells_which_one_is_wrong() -> None:
+    with pytest.raises(ConfigError, match=r"`second\.steps` must be at least 1, got 0\nhint: more"):
+        config.build(Stages, {"second": {"steps": 0}})
+
+
 def test_integers_are_floats_where_floats_are_wanted() -> None:
     assert config.build(Recipe, {"name": "x", "optim": {"lr": 1}}).optim.lr == 1.0
 

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import tomllib
 import types
 import typing
@@ -86,10 +87,18 @@ def build(cls: type[T], values: Mapping[str, Any], *, where: str = "") -> T:
             raise ConfigError(f"missing field `{where}{name}`")
     try:
         return cls(**filled)
-    except ConfigError:
-        raise
+    except ConfigError as error:
+        raise _located(error, fields, where) from error.__cause__
     except ValueError as error:
         raise ConfigError(f"in `{where.rstrip('.') or cls.__name__}`: {error}") from error
+
+
+def _located(error: ConfigError, fields: Mapping[str, Any], where: str) -> ConfigError:
+    """Return the error with the dotted name of its field: a dataclass of several tables cannot know which one it is."""
+    name = re.match(r"`(\w+)`", error.message)
+    if name is None or name[1] not in fields:
+        return error
+    return ConfigError(f"`{where}{error.message[1:]}", hint=error.hint)
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
