@@ -86,6 +86,12 @@ class VisionExport:
         limit = TOLERANCE * max(1.0, self.largest_logit)
         return max(self.difference, self.onnx_difference or 0.0) <= limit
 
+    def use(self, folder: str) -> str:
+        """Return how to classify with what lies in ``folder``, one line."""
+        if self.cost.backbone_parameters:
+            return f"chiasm classify {folder} IMAGE ..."
+        return f"from Python: chiasm.classifier.load_classifier({folder!r}).predict(features)"
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return {"folder": self.directory.name, "files": dict(self.files), **self.proof}
@@ -281,7 +287,7 @@ def _read_me(export: VisionExport) -> str:
     lines = [
         f"{export.name}: a classifier of images ({', '.join(export.classes)})", "",
         f"Files: {forms}, `{PROOF_FILE}`.",
-        "    chiasm classify FOLDER IMAGE ...",
+        f"    {export.use('FOLDER')}",
         "    python -m chiasm.deploy.text_free FOLDER     # load it where no text package can be imported", "",
         *export.sentences(), "",
         "Research use only: chiasm and its models are no medical devices.", "",

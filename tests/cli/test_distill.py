@@ -55,6 +55,7 @@ def test_a_run_tells_numbers_chance_and_how_to_go_on(chiasm, recipe, tmp_path):
     assert "balanced_accuracy" in said
     assert "majority class alone" in said
     assert f"chiasm distill {recipe} --out {tmp_path / 'run'} --controls --resume" in said
+    assert "chiasm classify" not in said, "made-up features are no images"
     record = chiasm("distill", recipe, "--out", tmp_path / "run", "--resume", "--json")
     assert set(record["metrics"]["auroc"]) == {"value", "low", "high", "n", "chance"}
     assert Path(record["model"]).is_dir()
@@ -110,6 +111,7 @@ def test_chosen_arms_and_changed_fields(chiasm, recipe, tmp_path):
         (("RECIPE", "more"), "`more` means nothing beside a recipe"),
         (("RECIPE", "--contols"), "did you mean `--controls`"),
         (("RECIPE", "--set", "fuse.kd_wight=3"), "did you mean `fuse.kd_weight`"),
+        (("RECIPE", "--set", "text.steps=0"), "`text.steps` must be at least 1"),
         (("RECIPE", "--arms", "clip_it"), "--arms goes with --controls"),
         (("RECIPE", "--controls", "--arms", "clipit"), "did you mean `clip_it`"),
         (("--ds", "pcan"), "did you mean `pcam`"),

@@ -127,6 +127,9 @@ def test_a_classifier_of_features_is_exported_too(save_run: Save, tmp_path: Path
     assert export.text_free.passed
     assert export.agrees
     assert export.proof["tower"] == "none"
+    readme = (export.directory / "README.txt").read_text()
+    assert "chiasm classify" not in readme, "it knows no image"
+    assert "load_classifier" in readme
 
 
 def test_what_cannot_be_exported_is_refused_before_anything_is_written(

@@ -64,7 +64,7 @@ def run(
                 ["chiasm", "distill", *(words or []), *(w for o in overrides or [] for w in ("--set", o))]
             )
             again += f" --out {shlex.quote(str(out))}" if out is not None else ""
-            _say_run(distill(plan, **options), again, as_json=as_json)
+            _say_run(distill(plan, **options), again, as_json=as_json, images=plan.data.synthetic is None)
             return
         from chiasm.distill.controls import run_controls
 
@@ -193,7 +193,7 @@ def as_record(done: ControlRun, scores: ControlScores, page: Path) -> dict[str, 
     }
 
 
-def _say_run(result: DistillResult, command: str, *, as_json: bool) -> None:
+def _say_run(result: DistillResult, command: str, *, as_json: bool, images: bool) -> None:
     if as_json:
         print_json(result.to_dict())
         return
@@ -210,7 +210,8 @@ def _say_run(result: DistillResult, command: str, *, as_json: bool) -> None:
     print(f"majority class alone: accuracy {result.majority:.3f}; intervals over {over}, one seed")
     print(f"model: {result.model}")
     print(f"next: {command} --controls --resume    is it the text?")
-    print(f"      chiasm classify {result.folder} IMAGE")
+    if images:  # a classifier of made-up features knows none
+        print(f"      chiasm classify {result.folder} IMAGE")
     print(f"      chiasm export {result.folder} --vision-only OUT")
 
 

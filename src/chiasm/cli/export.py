@@ -66,4 +66,4 @@ def _vision_only(run_folder: str, out: Path, *, onnx: bool, allow_code: bool, as
     print(f"{export.name} is in {out}: {', '.join(export.files)}")
     for sentence in export.sentences():
         print(f"  {sentence}")
-    print(f"  chiasm classify {out} IMAGE ... uses it")
+    print(f"  {export.use(str(out))}")
