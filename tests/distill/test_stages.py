@@ -69,6 +69,13 @@ def test_same_seed_same_bits_other_seed_other_weights(problem, pairs):
     assert not equal(runs[0].state, runs[2].state)
 
 
+def test_features_are_standardised_by_training_images_alone(problem):
+    state = run_unimodal(problem, make_recipe(), seed=0).state
+    features = torch.tensor(problem.train.features, dtype=torch.float64)
+    torch.testing.assert_close(state["heads.norm.mean"], features.mean(0).float())
+    torch.testing.assert_close(state["heads.norm.scale"], 1 / features.std(0, unbiased=False).float())
+
+
 def test_what_was_drawn_before_does_not_matter_and_is_left_alone(problem):
     torch.manual_seed(1)
     first = run_unimodal(problem, make_recipe(), seed=0)

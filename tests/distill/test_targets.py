@@ -52,6 +52,8 @@ def test_shuffling_moves_texts_and_depends_on_the_seed():
     given_targets = draw(50, 20, 5, 0)
     one, other = shuffled(given_targets, seed=0), shuffled(given_targets, seed=1)
     assert len({given_targets.digest, one.digest, other.digest}) == 3
+    assert (one.train == other.train).all(axis=1).mean() < 0.3
+    assert (one.validation == other.validation).all(axis=1).mean() < 0.5
     assert (one.train == given_targets.train).all(axis=1).mean() < 0.3
 
 

@@ -74,14 +74,3 @@ _ALL = (
 )  # fmt: skip
 ARMS = {arm.name: arm for arm in _ALL}
 STANDARD = tuple(arm.name for arm in _ALL if arm.standard)
-#: Differences that the argument rests on: (more, less).
-COMPARISONS = (
-    ("clip_it", "unimodal"),
-    ("clip_it", "unimodal_lora"),
-    ("clip_it", "lambda0"),
-    ("clip_it", "shuffled"),
-    ("clip_it", "random_text"),
-    ("clip_it", "prompt_text"),
-    ("shuffled", "lambda0"),
-    ("paired", "clip_it"),
-)
