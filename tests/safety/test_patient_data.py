@@ -150,6 +150,80 @@ def test_training_writes_no_names(
         check_files(tmp_path / "run", "rejected.jsonl")
 
 
+DISTILL = """
+name = "canary"
+[data]
+source = "{source}"
+label = "finding"
+validation_splits = ["val"]
+test_splits = ["test"]
+leakage = "{leakage}"
+[pairing]
+{pairs}
+encoder = "{model}"
+[backbone]
+encoder = "{model}"
+[unimodal]
+steps = 2
+[text]
+steps = 2
+[fuse]
+steps = 2
+"""
+
+
+def test_pairing_and_distillation_write_no_names(said: Say, model: Path, table: Path, tmp_path: Path) -> None:
+    lines = table.read_text().splitlines()
+    for row in (1, 2, 3, 11):
+        lines[row] = lines[row].replace(",train,", ",test,").replace(",val,", ",test,")
+    table.write_text("\n".join(lines) + "\n")
+    corpus = tmp_path / f"{CANARY}.csv"
+    corpus.write_text(
+        "report_id,words\n"
+        + "".join(f"{CANARY}-{i},Seen by {CANARY}: effusion {i}\n" for i in range(5))
+        + f"{CANARY},\n"
+    )
+    words = ("pairing", "--images", table, "--encoder", model, "--examples", 0, "--reports")
+    named = (tmp_path / "reports.csv", "--report-column", "text=words")
+    named[0].write_bytes(corpus.read_bytes())
+    messages = [
+        said(*words, *named, "--out", tmp_path / "pairs", "--audit-label", "finding"),
+        said(*words, named[0], "--out", tmp_path / "b", code=1),
+        said(*words, *named, "--out", tmp_path / "b", "--tissue", "colon", code=1),
+        said(*words, *named, "--out", tmp_path / "b", "--audit-label", "grade", code=1),
+    ]
+    assert "reports: 1 row rejected" in messages[0]
+    headless = tmp_path / "headless.csv"
+    headless.write_text(
+        "\n".join(corpus.read_text().splitlines()[1:]) + f"\n{CANARY},a long report about nothing at all\n"
+    )
+    messages.append(said(*words, headless, "--out", tmp_path / "b", "--report-column", "text=words", code=1))
+    check_files(tmp_path / "pairs", "pairs.parquet", "texts.json", "rejected")  # what was asked for names rows
+    recipe = tmp_path / "recipe.toml"
+
+    def plan(pairs: str, leakage: str = "refuse") -> Path:
+        recipe.write_text(DISTILL.format(source=table, model=model, pairs=pairs, leakage=leakage))
+        return recipe
+
+    ready = f'pairs = "{tmp_path / "pairs"}"'
+    made = f'reports = "{named[0]}"\ncolumns = {{ text = "words" }}'
+    messages += [
+        said("distill", plan(ready), "--out", tmp_path / "run"),
+        said("distill", plan(made), "--out", tmp_path / "all", "--controls", "--seeds", 1),
+        said("distill", plan(ready), "--out", tmp_path / "c", "--set", "data.label=referrer", code=1),
+    ]
+    for run in ("run", "all"):
+        check_files(tmp_path / run, "rejected.jsonl")
+    table.write_text(table.read_text().replace(f"{CANARY}^3", f"{CANARY}^2"))
+    messages.append(said("distill", plan(made), "--out", tmp_path / "d", code=1))
+    film = tmp_path / f"{CANARY}_Jane" / f"{CANARY}-6.png"
+    film.write_bytes((film.parent / f"{CANARY}-7.png").read_bytes())
+    messages.append(said("distill", plan(ready, "off"), "--out", tmp_path / "e", code=1))
+    assert "not the files that were paired" in messages[-1]
+    for message in messages:
+        assert CANARY.lower() not in message.lower(), message
+
+
 def test_the_canary_would_be_heard(said: Say, table: Path, tmp_path: Path) -> None:
     """A file that the user names on the command line is named back: the one exception, and proof that we listen."""
     image = tmp_path / f"{CANARY}.png"

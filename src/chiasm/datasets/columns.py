@@ -20,6 +20,7 @@ MISSING = frozenset({"", "nan", "null", "na", "n/a", "<na>", "#n/a"})
 MAX_NAME_CHARS = 40
 #: Figures with or without marks between them: a number, a date, a time.
 _NUMBER = re.compile(r"\W*\d[\d\W]*")
+_SENTENCE = re.compile(r"[.:;,!?]\s")
 
 #: Names are compared without case, spaces and punctuation: `Patient ID`, `patient_id` and `patientid` are one.
 IMAGE_NAMES = (
@@ -157,11 +158,11 @@ def find_column(name: str, header: Sequence[str], table: str) -> str:
 
 
 def looks_like_names(header: Sequence[str]) -> bool:
-    """Return whether no cell of a header is too long for a name, or a mere number or date.
+    """Return whether no cell of a header is too long for a name, a sentence, or a mere number or date.
 
     Else the table may lack a header, and what stands in its place is the first patient.
     """
-    return not any(len(h) > MAX_NAME_CHARS or _NUMBER.fullmatch(h) for h in header)
+    return not any(len(h) > MAX_NAME_CHARS or _NUMBER.fullmatch(h) or _SENTENCE.search(h) for h in header)
 
 
 def show_columns(header: Sequence[str], *, most: int = 12) -> str:
