@@ -33,23 +33,26 @@ def render() -> str:
 
 
 def _section(facts: DatasetFacts, options: tuple[str, ...]) -> str:
-    width, height = facts.tile_px
+    sides = f"{facts.tile_px[0]} × {facts.tile_px[1]} px" if facts.tile_px else "they differ"
     scale = [part for part in (facts.magnification, facts.um_per_px and f"{facts.um_per_px:g} µm per pixel") if part]
     rows = {
         "images": ", ".join(f"{split} {n:,}" for split, n in facts.sizes.items()),
-        "size": f"{width} × {height} px" + (f", {', '.join(scale)}" if scale else ""),
+        "size": ", ".join([sides, *scale]),
         "splits": facts.split_rule,
         "lies in": f"`{facts.layout}`",
         "licence": facts.licence,
         "from": facts.page,
         "cite": facts.citation,
         "tissue of reports": f"`{facts.tissue}`" if facts.tissue else "",
+        "labels beside": ", ".join(f"`{c}`" for c in facts.columns),
         "options in Python": ", ".join(f"`{o}`" for o in options),
         "facts from": "; ".join(dict.fromkeys(facts.sources.values())),
     }
     lines = [f"\n## `{facts.name}`: {facts.title}\n", "| | |", "|---|---|"]
     lines += [f"| {name} | {text} |" for name, text in rows.items() if text]
-    lines += ["", "| number | class | in words |", "|---|---|---|"]
+    noun = "class" if facts.kind == "classes" else "finding"
+    if facts.classes:
+        lines += ["", f"| number | {noun} | in words |", "|---|---|---|"]
     lines += [f"| {i} | `{c}` | {', '.join(facts.words[c])} |" for i, c in enumerate(facts.classes)]
     lines += ["", *(f"- {caution[0].upper()}{caution[1:]}." for caution in facts.cautions)]
     return "\n".join(lines) + "\n"

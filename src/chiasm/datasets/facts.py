@@ -13,6 +13,7 @@ from typing import Literal
 from chiasm.errors import InputError
 
 ValRule = Literal["official", "reference", "none"]
+Kind = Literal["classes", "findings"]
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,10 @@ class DatasetFacts:
     Attributes:
         name: By which `chiasm.datasets.named.open_dataset` opens it.
         title: The name it was published under.
-        classes: Values of the label ``label``; the place of a class is its number.
+        classes: Values of the label ``label``, where the place of a class is its number; or, of ``findings``, the labels
+            themselves, each 1, 0 or None.
         words: Class -> what to call it in a prompt, the first one preferred.
-        tile_px: Width and height of an image.
+        tile_px: Width and height of an image; None where they differ.
         magnification: Of the objective that the pixels correspond to, ``20x``; None where unknown.
         um_per_px: Micrometres per pixel; None where unknown.
         sizes: Split -> number of images of the complete data set.
@@ -39,13 +41,17 @@ class DatasetFacts:
         cautions: What a reader of a result must know.
         sources: Field -> where its facts were read.
         needs_groups: Whether a split by image leaks unless the caller groups images first.
+        kind: ``classes``: every image has one class, the label ``label``. ``findings``: several labels an image, each
+            named as in ``classes``: 1 present, 0 absent, None not labelled.
+        columns: Labels beside the classes: age, sex, view ..., for tables of subgroups.
+        texts: Whether samples may have texts.
     """
 
     name: str
     title: str
     classes: tuple[str, ...]
     words: Mapping[str, tuple[str, ...]]
-    tile_px: tuple[int, int]
+    tile_px: tuple[int, int] | None
     magnification: str | None
     um_per_px: float | None
     sizes: Mapping[str, int]
@@ -59,6 +65,9 @@ class DatasetFacts:
     cautions: tuple[str, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict)
     needs_groups: bool = False
+    kind: Kind = "classes"
+    columns: tuple[str, ...] = ()
+    texts: bool = False
 
     def class_number(self, label: str) -> int:
         """Return the number of a class.

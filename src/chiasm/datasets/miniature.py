@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chiasm.datasets import bach, crc, lc25000, pcam
+from chiasm.datasets.miniature_tables import WRITERS
 from chiasm.datasets.named import dataset_facts
 from chiasm.errors import InputError, MissingExtra
 
@@ -28,7 +29,7 @@ def make_miniature(
     """Write a small data set in the layout of a public one and return its root.
 
     Args:
-        name: ``pcam``, ``bach``, ``crc``, ``lc25000`` or one of their variants.
+        name: A name of the table, ``pcam`` or ``nih14`` say.
         folder: Is made if absent.
         per_class: Images of each class and split; BACH always has 100 of each class.
         size_px: Side of an image.
@@ -47,11 +48,14 @@ def make_miniature(
     root.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     family = facts.name.partition("-")[0]
-    classes = len(facts.classes)
+    classes = max(1, len(facts.classes))
 
     def draw(number: int) -> NDArray[np.uint8]:
         return draw_class(number, classes, size_px, rng, noise)
 
+    if family in WRITERS:
+        WRITERS[family](root, per_class, draw)
+        return root
     if family == "pcam":
         _write_pcam(root, per_class, draw)
         return root

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from chiasm.datasets import bach, crc, lc25000, pcam
+from chiasm.datasets import bach, crc, lc25000, nih14, pcam
 from chiasm.datasets.dataset import Dataset
 from chiasm.datasets.facts import DatasetFacts
 from chiasm.datasets.images import keep_decodable
@@ -29,11 +29,13 @@ class NamedDataset:
         read: Takes the folder and the options.
         facts: What is known about it.
         options: Names of the options that the reader takes.
+        takes_require: Whether it takes ``require``; the others list images, so that each of theirs exists.
     """
 
     read: Callable[..., Dataset]
     facts: DatasetFacts
     options: tuple[str, ...] = ()
+    takes_require: bool = False
 
 
 _ENTRIES = (
@@ -45,6 +47,7 @@ _ENTRIES = (
     NamedDataset(lc25000.load_lc25000, lc25000.FACTS, ("groups",)),
     NamedDataset(partial(lc25000.load_lc25000, organ="lung"), lc25000.LUNG_FACTS, ("groups",)),
     NamedDataset(partial(lc25000.load_lc25000, organ="colon"), lc25000.COLON_FACTS, ("groups",)),
+    NamedDataset(nih14.load_nih14, nih14.FACTS, takes_require=True),
 )
 #: Words before a colon that are no data sets: addresses (a `Path` drops one of their slashes), files of packages.
 _OTHER_SCHEMES = frozenset({"http", "https", "ftp", "s3", "gs", "hf", "file", "package"})
@@ -79,10 +82,11 @@ def open_dataset(
     Args:
         name: A name of the table; see `dataset_names`.
         root: Folder; what must lie in it is in ``dataset_facts(name).layout``.
-        require: What a sample must have; these data sets have images only.
+        require: What a sample must have. None: an image. An empty tuple takes the labels of data sets that have a table
+            of them without their images.
         on_bad_row: ``skip`` lists what cannot be used in ``Dataset.rejected``; ``fail`` raises at the first.
         check_images: Also decode every image.
-        options: Of the reader: ``splits`` of pcam, ``patients`` and ``partial`` of bach, ``groups`` of lc25000.
+        options: Of the reader; docs/reference/datasets.md lists them.
 
     Raises:
         UnknownName: The table has no such data set.
@@ -95,8 +99,10 @@ def open_dataset(
     if unknown:
         known = ", ".join(entry.options) or "none"
         raise InputError(f"data set `{entry.facts.name}` has no option `{unknown[0]}`", hint=f"options: {known}")
-    if require is not None and "text" in require:
+    if require is not None and "text" in require and not entry.facts.texts:
         raise InputError(f"data set `{entry.facts.name}` has no texts", hint="ask for its images alone")
+    if entry.takes_require and require is not None:
+        options["require"] = tuple(require)
     data = entry.read(Path(root).expanduser(), **options)
     samples, rejected = list(enumerate(data.samples, start=1)), list(data.rejected)
     if check_images:

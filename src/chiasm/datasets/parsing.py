@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import codecs
 import csv
+import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from chiasm.datasets.packed import blob_columns, buried_columns
 from chiasm.errors import FileFormatError, InputError
 
+#: Of a table that ends in ``.gz``.
+MAX_UNPACKED_BYTES = 1 << 30
 SEPARATORS = (",", "\t", ";", "|")
 TABLE_SUFFIXES = (".csv", ".tsv", ".tab", ".txt", ".jsonl", ".ndjson", ".json", ".parquet", ".pq")
 _BOMS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
@@ -59,7 +63,7 @@ def parse_table(
     """Return the cells of a table file, chosen by its ending (anything unknown is read as delimited text).
 
     Args:
-        path: The file.
+        path: The file; a text table may be compressed: ``x.csv.gz``.
         separator: Of delimited text; None detects it.
         encoding: Of text; None detects it.
         list_separator: Joins the items of a list in a cell of JSON or Parquet.
@@ -87,7 +91,7 @@ def detect_encoding(path: Path) -> str:
     Raises:
         FileFormatError: The file is binary.
     """
-    with path.open("rb") as file:
+    with _open_bytes(path) as file:
         start = file.read(65536)
         for bom, name in _BOMS:
             if start.startswith(bom):
@@ -125,6 +129,24 @@ def read_text(path: Path, encoding: str | None = None) -> tuple[str, str]:
         raise FileFormatError(f"`{path.name}` is not {encoding} text", hint="name its encoding") from error
 
 
+def _open_bytes(path: Path) -> IO[bytes]:
+    """Open a file; one that ends in ``.gz`` is unpacked in memory.
+
+    Raises:
+        FileFormatError: It is not compressed by gzip, torn, or grows beyond reason.
+    """
+    if path.suffix.casefold() != ".gz":
+        return path.open("rb")
+    try:
+        with gzip.open(path) as file:
+            content = file.read(MAX_UNPACKED_BYTES + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise FileFormatError(f"`{path.name}` is not a whole gzip file", hint="download it again") from error
+    if len(content) > MAX_UNPACKED_BYTES:
+        raise FileFormatError(f"`{path.name}` is larger than {MAX_UNPACKED_BYTES >> 30} GB unpacked")
+    return io.BytesIO(content)
+
+
 def detect_separator(head: str) -> str:
     """Return the separator that splits the header into the most columns that the first rows agree with."""
 
@@ -159,7 +181,7 @@ def unique_header(names: Iterable[str]) -> list[str]:
 def _parse_text(path: Path, separator: str | None, encoding: str | None) -> RawTable:
     encoding = encoding or detect_encoding(path)
     try:
-        with path.open(encoding=encoding, newline="") as file:
+        with io.TextIOWrapper(_open_bytes(path), encoding=encoding, newline="") as file:
             separator = separator or detect_separator(file.read(65536))
             file.seek(0)
             return _read_delimited(file, separator, encoding, path.name)

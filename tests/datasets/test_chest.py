@@ -1,0 +1,188 @@
+"""Chest films with several findings, read from miniatures in the layout of the downloads and from real tables."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from chiasm.datasets import open_dataset as open_source
+from chiasm.datasets import open_sample_image
+from chiasm.datasets.dataset import Dataset
+from chiasm.datasets.layout import age_in_years, finding_value, sex_of
+from chiasm.datasets.miniature import make_miniature
+from chiasm.datasets.named import dataset_facts, dataset_names, open_dataset
+from chiasm.errors import FileFormatError, InputError, UnknownName
+
+DATA = os.environ.get("CHIASM_DATA")
+NAMES = [name for name in dataset_names() if dataset_facts(name).kind == "findings"]
+
+
+@pytest.fixture(scope="module")
+def trees(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One miniature of each family, read by many tests and changed by none."""
+    root = tmp_path_factory.mktemp("chest")
+    for name in NAMES:
+        if "-" not in name:
+            make_miniature(name, root / name, size_px=8, per_class=5)
+    return root
+
+
+def copy(trees: Path, name: str, tmp_path: Path) -> Path:
+    shutil.copytree(trees / name, tmp_path / name)
+    return tmp_path / name
+
+
+def real(name: str) -> Path:
+    if not DATA:
+        pytest.skip("CHIASM_DATA does not name the folder of the real data")
+    path = Path(DATA) / name
+    if not path.exists():
+        pytest.skip(f"`{name}` is not in CHIASM_DATA")
+    return path
+
+
+def patients_are_on_one_side(data: Dataset) -> bool:
+    sides: dict[str, set[str | None]] = {}
+    for sample in data:
+        sides.setdefault(sample.group, set()).add(sample.split)
+    return all(len(side) == 1 for side in sides.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_facts_are_whole_and_hold_for_what_is_read(name: str, trees: Path) -> None:
+    facts = dataset_facts(name)
+    for words in (facts.title, facts.split_rule, facts.licence, facts.page, facts.citation, facts.layout):
+        assert words
+        assert "[?]" not in words
+        assert "\n" not in words
+    assert facts.page.startswith("https://")
+    assert set(facts.words) == set(facts.classes)
+    assert facts.cautions
+    data = open_dataset(name, trees / name)
+    assert not data.rejected
+    assert data.label_names == (*facts.classes, *facts.columns)
+    for finding in facts.classes:
+        assert set(data.labels(finding)) <= {1, 0, -1, None}
+        assert 1 in data.labels(finding)
+    assert set(data.splits) == {"train", "val", "test"} & set(facts.sizes)
+    assert patients_are_on_one_side(data)
+    assert open_source(f"{name}:{trees / name}") == data
+    if data[0].image is not None and data[0].image.suffix in (".png", ".jpg"):
+        assert open_sample_image(data[0]).size == (8, 8)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_labels_are_read_without_images_on_request(name: str, trees: Path, tmp_path: Path) -> None:
+    root = copy(trees, name, tmp_path)
+    for path in root.rglob("*"):
+        if path.suffix in (".png", ".jpg", ".dcm", ".dicom"):
+            path.unlink()
+    with pytest.raises(InputError, match=r"none of the .* images of the table was found") as caught:
+        open_dataset(name, root)
+    assert "require=()" in (caught.value.hint or "")
+    bare = open_dataset(name, root, require=())
+    whole = open_dataset(name, trees / name)
+    assert [(s.id, s.labels, s.split, s.boxes) for s in bare] == [(s.id, s.labels, s.split, s.boxes) for s in whole]
+    assert all(s.image is None for s in bare)
+
+
+def test_cells_of_ages_sexes_and_findings() -> None:
+    ages = {"57": 57, "057Y": 57, "45yrs": 45, "6months": 0.5, "000D": 0, "411": None, "": None, "old": None}
+    assert {cell: age_in_years(cell) for cell in ages} == ages
+    assert [sex_of(c) for c in ("Male", "F", "female", "Unknown", "mixed", None)] == ["M", "F", "F", None, None, None]
+    assert [finding_value(c, "keep") for c in ("1.0", "0", "-1.0", None)] == [1, 0, -1, None]
+    assert [finding_value("-1.0", rule) for rule in ("ones", "zeros", "ignore")] == [1, 0, None]
+    for cell in ("2", "yes", "nan"):
+        with pytest.raises(FileFormatError, match="none of 1, 0, -1"):
+            finding_value(cell, "keep")
+
+
+def test_nih14_has_findings_split_and_boxes(trees: Path) -> None:
+    data = open_dataset("nih14", trees / "nih14")
+    assert (len(data), data[1].id, data[1].patient) == (75, "00000001_001.png", "00000001")
+    assert {k for k, v in data[1].labels.items() if v == 1 and k in dataset_facts("nih14").classes} == {
+        "Atelectasis", "Cardiomegaly",
+    }  # fmt: skip
+    assert (data[1].labels["age_years"], data[1].labels["sex"], data[1].labels["view"]) == (21, "F", "AP")
+    assert all(
+        s.labels["No Finding"] == 1 - any(s.labels[f] for f in dataset_facts("nih14").classes[:-1]) for s in data
+    )
+    assert len([s for s in data if s.boxes]) == 14
+    box = data[0].boxes[0]
+    assert (box.x0_px, box.y0_px, box.x1_px, box.y1_px, box.label) == (225.5, 547.0, 312.0, 626.0, "Atelectasis")
+    assert {b.label for s in data for b in s.boxes} == set(dataset_facts("nih14").classes[:-1])
+
+
+def test_nih14_takes_both_tables_one_folder_and_no_lists(trees: Path, tmp_path: Path) -> None:
+    root = copy(trees, "nih14", tmp_path)
+    (root / "images").mkdir()
+    for image in root.glob("images_*/images/*.png"):
+        image.rename(root / "images" / image.name)
+    (root / "Data_Entry_2017_v2020.csv").rename(root / "Data_Entry_2017.csv")
+    whole = open_dataset("nih14", root)
+    assert whole.digest == open_dataset("nih14", trees / "nih14").digest
+    (root / "images" / "00000001_001.png").unlink()
+    assert [r.reason for r in open_dataset("nih14", root).rejected] == ["image file is missing"]
+    with pytest.raises(InputError, match="image file is missing"):
+        open_dataset("nih14", root, on_bad_row="fail")
+    (root / "BBox_List_2017.csv").unlink()
+    (root / "test_list.txt").unlink()
+    with pytest.raises(InputError, match=r"`test_list.txt` is missing, and the other list"):
+        open_dataset("nih14", root)
+    (root / "train_val_list.txt").unlink()
+    assert all(s.split is None and not s.boxes for s in open_dataset("nih14", root))
+
+
+def test_nih14_says_what_is_wrong_with_a_table(trees: Path, tmp_path: Path) -> None:
+    root = copy(trees, "nih14", tmp_path)
+    table = root / "Data_Entry_2017_v2020.csv"
+    text = table.read_text()
+    table.write_text(text.replace("Hernia", "Hiccup").replace(",1,2", ",one,2"))
+    reasons = Counter(r.reason for r in open_dataset("nih14", root).rejected)
+    assert "a finding is none of the fourteen" in reasons
+    table.write_text(text.replace("Patient ID", "Person"))
+    with pytest.raises(UnknownName, match="Patient ID"):
+        open_dataset("nih14", root)
+    table.write_text(text)
+    (root / "test_list.txt").write_text("00000001_000.png\n")
+    with pytest.raises(FileFormatError, match="both lists"):
+        open_dataset("nih14", root)
+    (root / "test_list.txt").unlink()
+    (root / "train_val_list.txt").unlink()
+    (root / "BBox_List_2017.csv").write_text("Image Index,Finding Label,Bbox [x,y,w,h]\na.png,Mass,1,2,3,wide\n")
+    with pytest.raises(FileFormatError, match=r"row 1 of `BBox_List_2017.csv`"):
+        open_dataset("nih14", root)
+
+
+@pytest.mark.parametrize("table", ["nih_Data_Entry_2017_v2020_head1000.csv", "nih_sample_labels_head1000.csv"])
+def test_nih14_reads_the_real_tables(table: str, tmp_path: Path) -> None:
+    folder = real("cxr_label_layouts")
+    shutil.copy(folder / table, tmp_path / "Data_Entry_2017.csv")
+    shutil.copy(folder / "nih_BBox_List_2017.csv", tmp_path / "BBox_List_2017.csv")
+    data = open_dataset("nih14", tmp_path, require=())
+    assert (len(data), data.rejected) == (1000, ())
+    assert all(s.patient == s.id[:8] for s in data)
+    assert {s.labels["sex"] for s in data} == {"F", "M"}
+    assert all(isinstance(s.labels["age_years"], int | float) for s in data)
+    assert any(s.boxes for s in data)
+
+
+def test_nih14_reads_real_images(tmp_path: Path) -> None:
+    folder = real("nih_cxr14_sample")
+    (tmp_path / "images").symlink_to(folder / "images")
+    with (folder / "metadata.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    with (tmp_path / "Data_Entry_2017_v2020.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [c for c in rows[0] if c != "image"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    data = open_dataset("nih14", tmp_path)
+    assert (len(data), len(set(data.groups)), data.rejected) == (1000, 264, ())
+    assert Counter(data.labels("No Finding")) == {1: 499, 0: 501}
+    assert sum(v == 1 for v in data.labels("Effusion")) == 170
+    assert open_sample_image(data[0]).size == (64, 64)
