@@ -86,16 +86,17 @@ def timm_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def test_native_towers_are_built_without_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Until the file's tensors are assigned, every weight is on the meta device."""
     save_encoder(TinyEncoder(3), tmp_path / "model")
-    from chiasm.encoders import fill
+    from chiasm.encoders import build
 
     seen = []
+    original = build.build_encoder_model
 
     def spy(*args: object, **kwargs: object) -> object:
-        model = build_encoder_model(*args, **kwargs)  # type: ignore[arg-type]
+        model = original(*args, **kwargs)  # type: ignore[arg-type]
         seen.append({p.device.type for p in model.parameters()})
         return model
 
-    monkeypatch.setattr(fill, "build_encoder_model", spy)
+    monkeypatch.setattr(build, "build_encoder_model", spy)
     load(tmp_path / "model")
     assert seen == [{"meta"}]
 
