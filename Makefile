@@ -1,13 +1,13 @@
 # make setup   create .venv and install chiasm with pinned versions
 # make demo    pretrain a CLIP on phantoms, classify, search and explain with it; opens nothing, writes ./demo
-# make test    the whole test suite, then style and types
+# make test    style, types and the test suite; `make test-slow` the rest of it, `make test-peers` beside the peers
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo test lint coverage peers test-peers golden bench clean
+.PHONY: setup demo test test-slow lint coverage peers test-peers golden bench clean
 
 setup: $(VENV)/.installed
 
@@ -25,7 +25,11 @@ demo: setup
 
 # Two workers: one per core of the smallest machine we support; threads inside a worker would only fight.
 test: setup lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not peer"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not peer and not slow"
+
+# Runs that are killed and go on, several processes, graphs of every tower: minutes for a dozen tests.
+test-slow: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 lint: setup
 	$(BIN)/ruff check src tests benchmarks examples

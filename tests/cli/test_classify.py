@@ -138,6 +138,7 @@ def test_what_is_no_classifier_is_told(chiasm: Run, model_dir: Path, images: lis
     chiasm("classify", model_dir, images[0], "--top", 0, code=2)
 
 
+@pytest.mark.slow
 def test_onnx_gives_the_same(chiasm: Run, run_folder: Path, images: list[Path], tmp_path: Path) -> None:
     plain = load_classifier(run_folder)
     folder = save_classifier(tmp_path / "graph", plain.heads, classes=CLASSES, tower=plain.tower, config=plain.config)

@@ -106,6 +106,7 @@ def test_without_a_fixed_length_everything_folds(make: Make, save_run: Save, tmp
     assert sorted(export.files) == ["PROOF.json", "README.txt", "classifier.json", "model.safetensors"]
 
 
+@pytest.mark.slow
 def test_a_tower_of_transformers_says_that_its_torch_form_needs_a_text_package(
     make: Make, save_run: Save, tmp_path: Path
 ) -> None:
@@ -160,6 +161,7 @@ def _crooked(heads: DistilledHeads) -> FoldedHeads:
     return fold_heads(wrong)
 
 
+@pytest.mark.slow
 def test_a_kill_leaves_no_folder_that_looks_whole(run_folder: Path, tmp_path: Path) -> None:
     script = (
         "import os, sys; from chiasm import export_vision as e\n"

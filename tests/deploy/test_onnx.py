@@ -51,6 +51,7 @@ def compare(classifier: VisionClassifier, folder: Path) -> None:
         assert np.abs(graph.probabilities(inputs.numpy()) - classifier.probabilities(inputs)).max() <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(TOWERS))
 def test_every_kind_of_tower_becomes_a_graph(
     name: str, make: Callable[..., VisionClassifier], tmp_path: Path, capfd: pytest.CaptureFixture[str]

@@ -71,6 +71,7 @@ def test_heads_and_steps_alone_bring_nothing_and_take_little(scores):
     assert abs((scores["lambda0"] - scores["unimodal"]).mean()) < POINTS
 
 
+@pytest.mark.slow
 def test_trap_with_clean_labels_and_nothing_to_see_past_text_has_nothing_to_add():
     clean = ("data.synthetic.flip=0.0", "data.synthetic.nuisance=0", "data.synthetic.train=100")
     scores = scores_of(("unimodal", "clip_it"), *clean, seeds=3)
@@ -78,6 +79,7 @@ def test_trap_with_clean_labels_and_nothing_to_see_past_text_has_nothing_to_add(
     assert abs((scores["clip_it"] - scores["unimodal"]).mean()) < POINTS
 
 
+@pytest.mark.slow
 def test_trap_an_undertrained_probe_makes_more_steps_look_like_a_gain():
     """Nothing but training goes on in ``lambda0``: beside a converged probe, the same arm gains nothing."""
     settings = ("data.synthetic.flip=0.2", "fuse.lock_vision_head=false")

@@ -217,6 +217,7 @@ print("killed", killed)
 """
 
 
+@pytest.mark.slow
 def test_sigkill_in_the_middle_of_a_write_loses_nothing():
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT + PARENT], capture_output=True, text=True, timeout=300, check=False

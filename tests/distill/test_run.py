@@ -82,6 +82,7 @@ class StopAt:
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_same_bits(phantom_recipe, tmp_path):
     recipe = phantom_recipe(fuse={"checkpoint_every": 2}, unimodal={"checkpoint_every": 1})
     distill(recipe, out=tmp_path / "whole")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 
 from chiasm.classifier import load_classifier
 from chiasm.distill.experiment import Experiment
@@ -13,6 +14,7 @@ from chiasm.distill.run_folder import read_predictions
 from chiasm.export_vision import export_vision_only
 
 
+@pytest.mark.slow
 def test_an_exported_run_answers_as_it_did_when_it_was_measured(phantom_recipe: Any, tmp_path: Any) -> None:
     recipe = phantom_recipe(backbone={"lora": {"rank": 2}}, fuse={"lr": 0.05})
     run = tmp_path / "run"

@@ -141,6 +141,7 @@ def contents(folder: Path) -> dict[str, object]:
     }
 
 
+@pytest.mark.slow
 def test_a_run_survives_everything_bit_for_bit(tmp_path):
     kills = [("cut", "call", n) for n in (2, 25, 61, 34, 118, 47)] + [("cut", "time", 0.4), ("cut", "time", 0.9)]
     attempts = [("whole", "first", 0), *kills, ("cut", "int", 2), ("cut", "full", 60_000), ("cut", "go on", 0)]
@@ -153,6 +154,7 @@ def test_a_run_survives_everything_bit_for_bit(tmp_path):
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_checkpoint_before_it(tmp_path):
     limit = 10_000  # fewer bytes than a checkpoint, more than the log
     codes, errors = run(tmp_path, [("run", "int", 3), ("run", "full", limit)])

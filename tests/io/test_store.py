@@ -251,6 +251,7 @@ with create_store(sys.argv[1], StoreMetadata.of(make(1))) as store:
 """
 
 
+@pytest.mark.slow
 def test_kill_9_loses_nothing_that_was_committed(tmp_path: Path) -> None:
     """Kill a writer at random moments, also while it compacts: chunks stay whole, acknowledged ones are there."""
     rng = np.random.default_rng(5)

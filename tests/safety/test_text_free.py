@@ -68,6 +68,7 @@ def test_an_image_file_is_classified_in_an_empty_world(folder: Path, tmp_path: P
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_the_blocker_really_blocks(folder: Path, tmp_path: Path) -> None:
     """What needs a text package fails there: the proof can fail."""
     blocker = TextBlocker(["chiasm_blocked_example", "chiasm.data.wordpiece"])

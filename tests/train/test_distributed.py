@@ -199,6 +199,7 @@ def run_two(script, folder):
         assert out.strip().endswith("equal")
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     run_two(COPIES, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best.safetensors", "last.safetensors", "results.jsonl"]
@@ -233,6 +234,7 @@ shard = true
 """
 
 
+@pytest.mark.slow
 def test_two_processes_that_share_the_weights_equal_one(tmp_path):
     """FSDP2: gradients of the whole batch, exact resume, whole checkpoints, a model folder that anybody loads."""
     (tmp_path / "recipe.toml").write_text(RECIPE)

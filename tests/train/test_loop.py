@@ -329,6 +329,7 @@ print(codes)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_kill_9_at_any_call_then_resume_is_bit_identical(tmp_path):
     script = KILL.format(tests=str(Path(__file__).parent))
