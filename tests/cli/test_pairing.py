@@ -160,3 +160,32 @@ def test_pairs_of_another_corpus_are_refused(
     chiasm("pairing", "--images", phantom_table, "--reports", corpus, *roles, "--encoder", model_dir, "--out", tmp_path)
     with pytest.raises(InputError, match="another corpus than `reports"):
         load_pairs(tmp_path, corpus_digest="0" * 16)
+
+
+class Interrupts:
+    """Progress that presses Ctrl-C at the third batch."""
+
+    def __init__(self) -> None:
+        self.left = 3
+
+    def start(self, total: int | None, description: str) -> None: ...
+
+    def advance(self, n: int = 1, **fields: float | str) -> None:
+        self.left -= n > 0
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+    def finish(self) -> None: ...
+
+
+def test_ctrl_c_says_how_to_go_on(
+    chiasm: Run, phantom_table: Path, corpus: Path, roles: list[str], model_dir: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    words = ("pairing", "--images", phantom_table, "--reports", corpus, *roles, "--encoder", model_dir, "--out",
+             tmp_path / "pairs", "--batch-size", 2)  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr("chiasm.cli.pairing.make_progress", lambda *a, **k: Interrupts())
+        said = chiasm(*words, code=130)
+    assert "interrupted; the same command goes on from the vectors that are kept" in said
+    assert chiasm(*words, "--json")["paired"] > 8

@@ -128,20 +128,23 @@ def run(
     filters = {"keep": tuple(text_filter or ()), "drop": tuple(text_drop or ()), "where": tuple(where or ())}
     corpus = _corpus(reports, report_column, tissue=tissue, **filters)
     model = load_encoder(encoder, device=device, family=family, allow_code=allow_code)
-    found = pair_reports(
-        model,
-        samples,
-        corpus,
-        k=top_k,
-        aggregate=cast(Any, aggregate),
-        correction=cast(Any, correction),
-        min_similarity=least,
-        overlap_tokens=overlap,
-        cache=cache or out / "cache",
-        batch_size=batch_size,
-        workers=workers,
-        progress=make_progress(as_json, unit="rows"),
-    )
+    try:
+        found = pair_reports(
+            model,
+            samples,
+            corpus,
+            k=top_k,
+            aggregate=cast(Any, aggregate),
+            correction=cast(Any, correction),
+            min_similarity=least,
+            overlap_tokens=overlap,
+            cache=cache or out / "cache",
+            batch_size=batch_size,
+            workers=workers,
+            progress=make_progress(as_json, unit="rows"),
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; the same command goes on from the vectors that are kept") from None
     scores = score_pairing(found, samples=samples, audit_label=audit_label, seed=seed)
     log = RejectLog([*dataset.rejected, *found.rejected])
     result = _write(out, found, scores, samples, log, examples)
