@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import os
 import shutil
 from collections import Counter
@@ -16,6 +17,7 @@ from chiasm.datasets.dataset import Dataset
 from chiasm.datasets.layout import age_in_years, finding_value, sex_of
 from chiasm.datasets.miniature import make_miniature
 from chiasm.datasets.named import dataset_facts, dataset_names, open_dataset
+from chiasm.datasets.sections import join_sections, split_sections
 from chiasm.errors import FileFormatError, InputError, UnknownName
 
 DATA = os.environ.get("CHIASM_DATA")
@@ -27,8 +29,7 @@ def trees(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One miniature of each family, read by many tests and changed by none."""
     root = tmp_path_factory.mktemp("chest")
     for name in NAMES:
-        if "-" not in name:
-            make_miniature(name, root / name, size_px=8, per_class=5)
+        make_miniature(name, root / name, size_px=8, per_class=5)
     return root
 
 
@@ -89,6 +90,113 @@ def test_labels_are_read_without_images_on_request(name: str, trees: Path, tmp_p
     whole = open_dataset(name, trees / name)
     assert [(s.id, s.labels, s.split, s.boxes) for s in bare] == [(s.id, s.labels, s.split, s.boxes) for s in whole]
     assert all(s.image is None for s in bare)
+
+
+def test_chexpert_keeps_blank_and_uncertain_apart(trees: Path) -> None:
+    root = trees / "chexpert"
+    data = open_dataset("chexpert", root)
+    assert (data[1].id, data[1].patient, data[1].study) == (
+        "train/patient00001/study1/view2_lateral.jpg", "patient00001", "patient00001/study1",
+    )  # fmt: skip
+    assert [data[1].labels[o] for o in ("No Finding", "Support Devices", "Fracture", "Edema")] == [1, 0, -1, None]
+    assert [data[0].labels[c] for c in ("sex", "age_years", "view", "projection")] == ["F", 21, "Frontal", "PA"]
+    assert (data[1].labels["projection"], data[8].labels["sex"]) == (None, "M")
+    for rule, value in (("ones", 1), ("zeros", 0), ("ignore", None)):
+        assert open_dataset("chexpert", root, uncertain=rule)[1].labels["Fracture"] == value
+    with pytest.raises(InputError, match="uncertain of chexpert must be"):
+        open_dataset("chexpert", root, uncertain="maybe")
+    with pytest.raises(InputError, match="split of chexpert must be"):
+        open_dataset("chexpert", root, splits=["test"])
+
+
+def test_chexpert_takes_the_inner_folder_the_full_size_and_one_table(trees: Path, tmp_path: Path) -> None:
+    whole = open_dataset("chexpert", trees / "chexpert")
+    assert open_dataset("chexpert", trees / "chexpert" / "CheXpert-v1.0-small").digest == whole.digest
+    root = copy(trees, "chexpert", tmp_path)
+    folder = root / "CheXpert-v1.0-small"
+    for split in ("train", "valid"):
+        table = folder / f"{split}.csv"
+        table.write_text(table.read_text().replace("CheXpert-v1.0-small", "CheXpert-v1.0"))
+    folder = folder.rename(root / "CheXpert-v1.0")
+    assert open_dataset("chexpert", root).digest == whole.digest
+    table = folder / "train.csv"
+    text = table.read_text()
+    table.write_text(text.replace("/train/patient00001/", "/train/../patient00001/"))
+    reasons = Counter(r.reason for r in open_dataset("chexpert", root).rejected)
+    assert reasons == {"path does not name patient and study of this split": 4}
+    table.write_text(text.replace("-1.0", "-2.0"))
+    with pytest.raises(FileFormatError, match=r"row 2 of `train.csv`: a label is none of"):
+        open_dataset("chexpert", root)
+    table.unlink()
+    assert open_dataset("chexpert", root, splits=["val"]).splits == ("val",)
+    with pytest.raises(InputError, match=r"CheXpert: file `train.csv` is missing"):
+        open_dataset("chexpert", root)
+
+
+def test_chexpert_takes_the_real_header() -> None:
+    lines = (real("cxr_label_layouts") / "chexpert_columns.txt").read_text().splitlines()
+    assert set(dataset_facts("chexpert").classes) <= set(lines)
+
+
+def test_mimic_cxr_joins_films_studies_reports_and_labels(trees: Path, tmp_path: Path) -> None:
+    root = trees / "mimic-cxr"
+    data = open_dataset("mimic-cxr", root)
+    assert (data[0].patient, data[0].study, data[0].labels["view"]) == ("p10000001", "p10000001/s50000001", "PA")
+    assert data[0].text == "There is no finding, as before: unchanged. No finding."
+    assert (data[0].text, data[0].labels["Fracture"]) == (data[1].text, -1)
+    assert open_dataset("mimic-cxr", root, uncertain="ignore")[0].labels["Fracture"] is None
+    assert open_dataset("mimic-cxr", root, sections=("impression",))[0].text == "No finding."
+    assert str(open_dataset("mimic-cxr", root, sections=())[0].text).startswith("FINAL REPORT")
+    studies = open_dataset("mimic-cxr", root, require=("text",))
+    assert (len(data), len(studies), studies[0].id, studies[0].image) == (70, 35, "s50000001", None)
+    assert open_dataset("mimic-cxr", root, labeller="negbio").digest == data.digest
+    with pytest.raises(InputError, match="has no image"):
+        open_dataset("mimic-cxr", root, per="study")
+    for option, value in (("labeller", "me"), ("uncertain", "x"), ("per", "x"), ("reports", tmp_path / "none")):
+        with pytest.raises(InputError, match=r"must be|does not exist"):
+            open_dataset("mimic-cxr", root, **{option: value})
+
+
+def test_mimic_cxr_does_with_less_and_says_what_is_wrong(trees: Path, tmp_path: Path) -> None:
+    root = copy(trees, "mimic-cxr", tmp_path)
+    for report in sorted(root.rglob("*.txt")):
+        place = tmp_path / "apart" / report.relative_to(root)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        report.rename(place)
+    assert all(s.text is None for s in open_dataset("mimic-cxr", root))
+    apart = open_dataset("mimic-cxr", root, reports=tmp_path / "apart", require=("image", "text"))
+    assert apart.digest == open_dataset("mimic-cxr", trees / "mimic-cxr").digest
+    labels = root / "mimic-cxr-2.0.0-chexpert.csv.gz"
+    whole = labels.read_bytes()
+    for content, message in (
+        (whole[: len(whole) // 2], "not a whole gzip file"),
+        (b"no gzip", "not a whole gzip file"),
+    ):
+        labels.write_bytes(content)
+        with pytest.raises(FileFormatError, match=message):
+            open_dataset("mimic-cxr", root)
+    text = gzip.decompress(whole).decode()
+    labels.unlink()
+    labels.with_suffix("").write_text(text.replace("1.0", "7.0", 1))
+    with pytest.raises(FileFormatError, match=r"row 1 of `mimic-cxr-2.0.0-chexpert.csv`"):
+        open_dataset("mimic-cxr", root)
+    labels.with_suffix("").unlink()
+    splits = root / "mimic-cxr-2.0.0-split.csv.gz"
+    splits.write_bytes(gzip.compress(gzip.decompress(splits.read_bytes()).replace(b"validate", b"dev")))
+    with pytest.raises(FileFormatError, match="names no split"):
+        open_dataset("mimic-cxr", root)
+    splits.unlink()
+    (root / "mimic-cxr-2.0.0-metadata.csv.gz").rename(root / "cxr-record-list.csv.gz")
+    bare = open_dataset("mimic-cxr", root)
+    assert all(s.split is None and s.labels["Edema"] is None for s in bare)
+
+
+def test_sections_of_a_report() -> None:
+    text = "Before\n FINDINGS AND IMPRESSION:\n One: two\n  three.\n\nCOMPARISON:  \n IMPRESSION: a\nIMPRESSIONS: b\n"
+    assert split_sections(text) == {"findings": "One: two three.", "impression": "a b"}
+    assert split_sections("no heading at all") == {}
+    assert join_sections(split_sections(text), ("impression", "history", "findings")) == "a b One: two three."
+    assert join_sections({}, ("findings",)) is None
 
 
 def test_cells_of_ages_sexes_and_findings() -> None:

@@ -53,8 +53,8 @@ def make_miniature(
     def draw(number: int) -> NDArray[np.uint8]:
         return draw_class(number, classes, size_px, rng, noise)
 
-    if family in WRITERS:
-        WRITERS[family](root, per_class, draw)
+    if facts.name in WRITERS:
+        WRITERS[facts.name](root, per_class, draw)
         return root
     if family == "pcam":
         _write_pcam(root, per_class, draw)

@@ -7,13 +7,14 @@ of the real download. The values are made up; ids have the real form and are of 
 from __future__ import annotations
 
 import csv
+import gzip
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from chiasm.datasets import nih14
+from chiasm.datasets import chexpert, mimic_cxr, nih14
 
 Draw = Callable[[int], NDArray[np.uint8]]
 
@@ -61,5 +62,66 @@ def write_nih14(root: Path, per_class: int, draw: Draw) -> None:
         (root / nih14.LISTS[split]).write_text("\n".join(names) + "\n", encoding="utf-8")
 
 
+def _observed(number: int, i: int) -> list[object]:
+    """Return fourteen cells: one observation present, the next absent, then one uncertain, the others blank."""
+    cells: list[object] = [""] * len(chexpert.OBSERVATIONS)
+    cells[number], cells[number - 1] = "1.0", "0.0"
+    if i % 2:
+        cells[number - 2] = "-1.0"
+    return cells
+
+
+def write_chexpert(root: Path, per_class: int, draw: Draw) -> None:
+    """Write CheXpert, small: two films a study, a fifth of the patients in ``valid.csv``."""
+    header = ("Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *chexpert.OBSERVATIONS)
+    tables: dict[str, list[tuple[object, ...]]] = {split: [header] for split in chexpert.SPLITS.values()}
+    base = root / "CheXpert-v1.0-small"
+    for i in range(per_class * len(chexpert.OBSERVATIONS)):
+        number, patient = i // per_class, i // 4 + 1
+        split = "valid" if patient % 5 == 0 else "train"
+        view = ("frontal", "lateral")[i % 2]
+        path = f"{split}/patient{patient:05d}/study{i // 2 % 2 + 1}/view{i % 2 + 1}_{view}.jpg"
+        side = ("AP", "PA")[patient % 2] if view == "frontal" else ""
+        sex = ("Male", "Female", "Unknown")[patient % 3]
+        row = (f"{base.name}/{path}", sex, 20 + patient % 60, view.capitalize(), side)
+        tables[split].append((*row, *_observed(number, i)))
+        save_picture(base / path, draw(number))
+    for split, rows in tables.items():
+        write_csv(base / f"{split}.csv", rows)
+
+
+def write_mimic_cxr(root: Path, per_class: int, draw: Draw) -> None:
+    """Write MIMIC-CXR-JPG with reports, tables compressed: two films a study, two studies a patient."""
+    ids = ("subject_id", "study_id")
+    metadata: list[tuple[object, ...]] = [
+        ("dicom_id", *ids, "PerformedProcedureStepDescription", "ViewPosition", "Rows")
+    ]
+    splits: list[tuple[object, ...]] = [("dicom_id", "study_id", "subject_id", "split")]
+    observed = sorted(chexpert.OBSERVATIONS)
+    labels: list[tuple[object, ...]] = [(*ids, *observed)]
+    for i in range(per_class * len(chexpert.OBSERVATIONS)):
+        number, patient, study = i // per_class, 10_000_001 + i // 4, 50_000_001 + i // 2
+        place = root / "files" / f"p{patient}"[:3] / f"p{patient}" / f"s{study}"
+        dicom = f"{i:08x}-00000000-00000000-00000000-00000000"
+        metadata.append((dicom, patient, study, "CHEST (PA AND LAT)", ("PA", "LATERAL")[i % 2], 2544))
+        splits.append((dicom, study, patient, tuple(mimic_cxr.SPLITS)[patient % 3]))
+        save_picture(place / f"{dicom}.jpg", draw(number))
+        if i % 2 == 0:
+            cells = dict(zip(chexpert.OBSERVATIONS, _observed(number, study), strict=True))
+            labels.append((patient, study, *(cells[o] for o in observed)))
+            words = chexpert.OBSERVATION_WORDS[chexpert.OBSERVATIONS[number]][0]
+            place.with_suffix(".txt").write_text(
+                f"                                 FINAL REPORT\n EXAMINATION:  CHEST (PA AND LAT)\n \n FINDINGS: \n \n"
+                f" There is {words},\n as before: unchanged.\n \n IMPRESSION:  {words.capitalize()}.\n"
+            )
+    for name, rows in (("metadata", metadata), ("split", splits), ("chexpert", labels), ("negbio", labels)):
+        path = root / f"{mimic_cxr.RELEASE}-{name}.csv"
+        write_csv(path, rows)
+        path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes(), mtime=0))
+        path.unlink()
+
+
 #: Name of a data set, without what follows a dash -> what writes its miniature.
-WRITERS: Mapping[str, Callable[[Path, int, Draw], None]] = {"nih14": write_nih14}
+WRITERS: Mapping[str, Callable[[Path, int, Draw], None]] = {
+    "nih14": write_nih14, "chexpert": write_chexpert, "mimic-cxr": write_mimic_cxr
+}  # fmt: skip

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from chiasm.datasets import bach, crc, lc25000, nih14, pcam
+from chiasm.datasets import bach, chexpert, crc, lc25000, mimic_cxr, nih14, pcam
 from chiasm.datasets.dataset import Dataset
 from chiasm.datasets.facts import DatasetFacts
 from chiasm.datasets.images import keep_decodable
@@ -48,6 +48,13 @@ _ENTRIES = (
     NamedDataset(partial(lc25000.load_lc25000, organ="lung"), lc25000.LUNG_FACTS, ("groups",)),
     NamedDataset(partial(lc25000.load_lc25000, organ="colon"), lc25000.COLON_FACTS, ("groups",)),
     NamedDataset(nih14.load_nih14, nih14.FACTS, takes_require=True),
+    NamedDataset(chexpert.load_chexpert, chexpert.FACTS, ("uncertain", "splits"), takes_require=True),
+    NamedDataset(
+        mimic_cxr.load_mimic_cxr,
+        mimic_cxr.FACTS,
+        ("reports", "sections", "labeller", "uncertain", "per"),
+        takes_require=True,
+    ),
 )
 #: Words before a colon that are no data sets: addresses (a `Path` drops one of their slashes), files of packages.
 _OTHER_SCHEMES = frozenset({"http", "https", "ftp", "s3", "gs", "hf", "file", "package"})
