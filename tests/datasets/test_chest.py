@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 import gzip
+import itertools
+import json
 import os
 import shutil
 from collections import Counter
 from pathlib import Path
+from xml.sax.saxutils import escape
 
 import pytest
 
@@ -189,6 +192,109 @@ def test_mimic_cxr_does_with_less_and_says_what_is_wrong(trees: Path, tmp_path: 
     (root / "mimic-cxr-2.0.0-metadata.csv.gz").rename(root / "cxr-record-list.csv.gz")
     bare = open_dataset("mimic-cxr", root)
     assert all(s.split is None and s.labels["Edema"] is None for s in bare)
+
+
+def test_openi_reads_sections_and_terms(trees: Path, tmp_path: Path) -> None:
+    root = trees / "openi"
+    data = open_dataset("openi", root)
+    assert (len(data), data[0].id, data[1].study) == (30, "CXR1_IM-0001-1001", "CXR1")
+    assert data[2].text == "The heart is large & round. Cardiomegaly."
+    assert (data[2].labels["mesh"], data[2].labels["mesh_automatic"]) == ("Cardiomegaly/mild", "heart")
+    assert [data[i].labels["normal"] for i in (0, 2, 4)] == [1, 0, None]
+    reports = open_dataset("openi", root, require=("text",))
+    assert ([s.id for s in reports][8:11], reports[0].image) == (["CXR9", "CXR10", "CXR11"], None)
+    findings = open_dataset("openi", root, require=("text",), sections=("findings",))
+    assert (len(findings), Counter(r.reason for r in findings.rejected)) == (10, {"text is empty": 5})
+    with pytest.raises(InputError, match="has no image"):
+        open_dataset("openi", root, per="report")
+    with pytest.raises(InputError, match="per of openi must be"):
+        open_dataset("openi", root, per="study")
+
+
+def test_openi_refuses_what_is_no_plain_report(trees: Path, tmp_path: Path) -> None:
+    root = copy(trees, "openi", tmp_path)
+    bomb = '<!DOCTYPE x [<!ENTITY a "aaaa">]><eCitation><uId id="CXR1"/>&a;</eCitation>'
+    (root / "ecgen-radiology" / "1.xml").write_text(bomb)
+    (root / "ecgen-radiology" / "2.xml").write_text(bomb, encoding="utf-16")
+    (root / "ecgen-radiology" / "3.xml").write_text("<eCitation>")
+    data = open_dataset("openi", root)
+    assert [(r.row, r.reason) for r in data.rejected] == [(n, "report is no plain XML") for n in (1, 2, 3)]
+    assert len(data) == 24
+    shutil.rmtree(root / "ecgen-radiology")
+    with pytest.raises(InputError, match="holds no report"):
+        open_dataset("openi", root)
+
+
+def test_openi_reads_the_two_tables(tmp_path: Path) -> None:
+    folder = real("cxr_label_layouts")
+    shutil.copy(folder / "indiana_reports_head200.csv", tmp_path / "indiana_reports.csv")
+    with pytest.raises(InputError, match=r"file `indiana_projections.csv` is missing"):
+        open_dataset("openi", tmp_path)
+    shutil.copy(folder / "indiana_projections_head400.csv", tmp_path / "indiana_projections.csv")
+    reports = open_dataset("openi", tmp_path, per="report", require=())
+    assert (len(reports), reports[0].text) == (200, (
+        "The cardiac silhouette and mediastinum size are within normal limits. There is no pulmonary edema. There is no "
+        "focal consolidation. There are no XXXX of a pleural effusion. There is no evidence of pneumothorax. Normal "
+        "chest x-XXXX."
+    ))  # fmt: skip
+    assert (reports[1].labels["mesh"], reports[1].labels["normal"]) == (
+        "Cardiomegaly/borderline|Pulmonary Artery/enlarged", 0,
+    )  # fmt: skip
+    films = open_dataset("openi", tmp_path, require=())
+    assert {s.labels["projection"] for s in films} == {"Frontal", "Lateral"}
+    assert (films[0].id, films[0].study) == ("1_IM-0001-4001", "CXR1")
+
+
+def test_openi_reads_the_real_reports_written_as_xml(tmp_path: Path) -> None:
+    source = real("openi_reports") / "metadata.jsonl"
+    folder = tmp_path / "ecgen-radiology"
+    folder.mkdir()
+    with source.open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line in itertools.islice(file, 800)]
+    for row in rows:
+        texts = "".join(
+            f'<AbstractText Label="{name.upper()}">{escape(row[name])}</AbstractText>'
+            for name in ("comparison", "indication", "findings", "impression")
+        )
+        mesh = "".join(f"<major>{escape(term)}</major>" for term in row["mesh_major"])
+        images = "".join(f'<parentImage id="{image["id"]}"/>' for image in row["images"])
+        (folder / f"{row['uid'].removeprefix('CXR')}.xml").write_text(
+            f'<eCitation><uId id="{row["uid"]}"/>{texts}<MeSH>{mesh}</MeSH>{images}</eCitation>', encoding="utf-8"
+        )
+    films = open_dataset("openi", tmp_path, require=())
+    assert [s.id for s in films] == [image["id"] for row in rows for image in row["images"]]
+    reports = open_dataset("openi", tmp_path, require=("text",), sections=("impression",))
+    expected = {row["uid"]: " ".join(row["impression"].split()) for row in rows if row["impression"].split()}
+    assert {s.id: s.text for s in reports} == expected
+    normal = [row["uid"] for row in rows if row["mesh_major"] == ["normal"]]
+    assert [s.id for s in open_dataset("openi", tmp_path, per="report", require=()) if s.labels["normal"]] == normal
+
+
+def test_tuberculosis_reads_class_age_and_sex(tmp_path: Path) -> None:
+    for name, base in (("tb-shenzhen", "ChinaSet_AllFiles"), ("tb-montgomery", "MontgomerySet")):
+        root = make_miniature(name, tmp_path / name, size_px=8, per_class=5)
+        data = open_dataset(name, root)
+        assert open_dataset(name, root / base).samples == data.samples
+        assert [(s.labels["label"], s.labels["sex"], s.labels["age_years"]) for s in data][::9] == [
+            ("normal", "M", 20), ("tuberculosis", "F", 29),
+        ]  # fmt: skip
+        assert [s.labels["reading"] for s in data][::9] == ["normal", "secondary PTB in the left upper field"]
+        readings = root / base / "ClinicalReadings"
+        first = readings / f"{data[0].id}.txt"
+        first.write_text("Female, 8 months\n\nTB?\nSTB\n")
+        assert [open_dataset(name, root)[0].labels[c] for c in ("sex", "age_years", "reading")] == [
+            "F",
+            0.667,
+            "TB? STB",
+        ]
+        first.unlink()
+        assert [open_dataset(name, root)[0].labels[c] for c in ("sex", "age_years", "reading")] == [None] * 3
+        shutil.copy(root / base / "CXR_png" / f"{data[0].id}.png", root / base / "CXR_png" / "other.png")
+        assert [r.reason for r in open_dataset(name, root).rejected] == ["name does not tell the class"]
+        for path in (root / base / "CXR_png").glob("*_*_*.png"):
+            path.unlink()
+        with pytest.raises(InputError, match="holds no film of this set"):
+            open_dataset(name, root)
 
 
 def test_sections_of_a_report() -> None:

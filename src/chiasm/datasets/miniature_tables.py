@@ -121,7 +121,54 @@ def write_mimic_cxr(root: Path, per_class: int, draw: Draw) -> None:
         path.unlink()
 
 
+def write_openi(root: Path, per_class: int, draw: Draw) -> None:
+    """Write Open-i as XML: a frontal and a lateral film a report; normal, with a finding, not indexed in turn."""
+    for i in range(3 * per_class):
+        kind = i % 3
+        names = [f"CXR{i + 1}_IM-{i + 1:04d}-{view}001" for view in (1, 2)]
+        mesh = ("normal", "Cardiomegaly/mild", "No Indexing")[kind]
+        findings = ("The lungs are clear.", "The heart is large &amp; round.", "")[kind]
+        impression = ("Normal chest.", "Cardiomegaly.", "Film not read.")[kind]
+        images = "".join(f'<parentImage id="{name}"><caption>Xray</caption></parentImage>' for name in names)
+        path = root / "ecgen-radiology" / f"{i + 1}.xml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(
+            f'<?xml version="1.0" encoding="utf-8"?>\n<eCitation><uId id="CXR{i + 1}"/>'
+            "<MedlineCitation><Article><Abstract>"
+            f'<AbstractText Label="COMPARISON">None.</AbstractText><AbstractText Label="INDICATION"/>'
+            f'<AbstractText Label="FINDINGS">{findings}</AbstractText>'
+            f'<AbstractText Label="IMPRESSION">{impression}</AbstractText>'
+            f"</Abstract></Article></MedlineCitation><MeSH><major>{mesh}</major><automatic>heart</automatic></MeSH>"
+            f"{images}</eCitation>\n",
+            encoding="utf-8",
+        )
+        for name in names:
+            save_picture(root / f"{name}.png", draw(0))
+
+
+def write_shenzhen(root: Path, per_class: int, draw: Draw) -> None:
+    """Write the Shenzhen set: age and sex in the first line of a text."""
+    _write_tuberculosis(root / "ChinaSet_AllFiles", "CHNCXR", "{} {}yrs\n{}\n", ("male", "female"), per_class, draw)
+
+
+def write_montgomery(root: Path, per_class: int, draw: Draw) -> None:
+    """Write the Montgomery set: age and sex in titled lines."""
+    form = "Patient's Sex: {}\nPatient's Age: {:03d}Y\n{}\n"
+    _write_tuberculosis(root / "MontgomerySet", "MCUCXR", form, ("M", "F"), per_class, draw)
+
+
+def _write_tuberculosis(base: Path, word: str, form: str, sexes: tuple[str, str], per_class: int, draw: Draw) -> None:
+    (base / "ClinicalReadings").mkdir(parents=True, exist_ok=True)
+    for i in range(2 * per_class):
+        number = i // per_class
+        stem = f"{word}_{i + 1:04d}_{number}"
+        save_picture(base / "CXR_png" / f"{stem}.png", draw(number))
+        text = form.format(sexes[i % 2], 20 + i, ("normal", "secondary PTB in the left upper field")[number])
+        (base / "ClinicalReadings" / f"{stem}.txt").write_text(text, encoding="utf-8")
+
+
 #: Name of a data set, without what follows a dash -> what writes its miniature.
 WRITERS: Mapping[str, Callable[[Path, int, Draw], None]] = {
-    "nih14": write_nih14, "chexpert": write_chexpert, "mimic-cxr": write_mimic_cxr
+    "nih14": write_nih14, "chexpert": write_chexpert, "mimic-cxr": write_mimic_cxr, "openi": write_openi,
+    "tb-shenzhen": write_shenzhen, "tb-montgomery": write_montgomery,
 }  # fmt: skip

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from chiasm.datasets import bach, chexpert, crc, lc25000, mimic_cxr, nih14, pcam
+from chiasm.datasets import bach, chexpert, crc, lc25000, mimic_cxr, nih14, openi, pcam, tuberculosis
 from chiasm.datasets.dataset import Dataset
 from chiasm.datasets.facts import DatasetFacts
 from chiasm.datasets.images import keep_decodable
@@ -55,6 +55,9 @@ _ENTRIES = (
         ("reports", "sections", "labeller", "uncertain", "per"),
         takes_require=True,
     ),
+    NamedDataset(openi.load_openi, openi.FACTS, ("sections", "per"), takes_require=True),
+    NamedDataset(tuberculosis.load_tuberculosis, tuberculosis.SHENZHEN_FACTS),
+    NamedDataset(partial(tuberculosis.load_tuberculosis, place="montgomery"), tuberculosis.MONTGOMERY_FACTS),
 )
 #: Words before a colon that are no data sets: addresses (a `Path` drops one of their slashes), files of packages.
 _OTHER_SCHEMES = frozenset({"http", "https", "ftp", "s3", "gs", "hf", "file", "package"})
