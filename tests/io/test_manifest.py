@@ -22,6 +22,7 @@ from chiasm.io.manifest import (
     read_jsonl,
     summarize_rejected,
     to_json,
+    write_bytes_atomic,
     write_json_atomic,
 )
 
@@ -180,3 +181,18 @@ def test_reject_log_counts_and_names_no_row(tmp_path: Path) -> None:
     log.write(tmp_path / "rejected.jsonl")
     assert read_jsonl(tmp_path / "rejected.jsonl")[0] == {"row": 1, "id": "patient-5", "reason": "text is empty"}
     assert summarize_rejected(()) == "no row rejected"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes are POSIX")
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    """As ``--csv /dev/stdout``; whoever may write to /dev would lose the device to a file of that name."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    found: list[bytes] = []
+    reader = threading.Thread(target=lambda: found.append(pipe.read_bytes()), daemon=True)
+    reader.start()
+    write_bytes_atomic(pipe, b"table")
+    reader.join(5)
+    assert found == [b"table"]
+    assert pipe.is_fifo()
+    assert [p.name for p in tmp_path.iterdir()] == ["pipe"]

@@ -79,8 +79,15 @@ def write_json_atomic(path: str | Path, value: Any) -> None:
 
 
 def write_bytes_atomic(path: str | Path, content: bytes) -> None:
-    """Write a whole file so that a reader sees the old one or the new one; see :func:`write_json_atomic`."""
+    """Write a whole file so that a reader sees the old one or the new one; see :func:`write_json_atomic`.
+
+    A device or a pipe (``/dev/stdout``) is written to, never replaced.
+    """
     path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        with disk_errors(f"`{path.name}`"):
+            path.write_bytes(content)
+        return
     with disk_errors(f"`{path.name}`"):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
