@@ -17,7 +17,7 @@ from chiasm.distill.backbone import Backbone, ImagePool, chosen_augment, image_d
 from chiasm.distill.data import open_images
 from chiasm.distill.experiment import Experiment
 from chiasm.distill.recipe import BackboneConfig, DistillData
-from chiasm.errors import ChiasmError, UnknownName
+from chiasm.errors import ChiasmError, ConfigError, UnknownName
 from chiasm.train.images import file_images
 
 from .conftest import TOWER
@@ -127,6 +127,12 @@ def test_as_many_threads_prepare_images_as_the_recipe_says(
     experiment.pool.features(backbone, [0, 1])
     experiment.pool.pixels(backbone, None)(np.array([0, 1]), None)
     assert sizes == {workers}
+
+
+def test_adapters_that_fit_no_layer_are_told_before_anything_is_trained(phantom_recipe, tmp_path):
+    experiment = Experiment(phantom_recipe(backbone={"lora": {"targets": ["absent"]}}), cache=tmp_path)
+    with pytest.raises(ConfigError, match=r"`lora.targets` = absent"):
+        experiment.prepare(0)
 
 
 def test_a_loaded_tower_is_the_same_for_all_seeds(retriever_dir, phantom_table, tmp_path):

@@ -30,6 +30,7 @@ from chiasm.distill.targets import TextSources
 from chiasm.distill.text_targets import text_sources
 from chiasm.distill.text_tower import RowTexts, TextTower
 from chiasm.distill.texts import Retriever, TextMaterial, open_corpus, open_texts
+from chiasm.encoders.adapters import check_lora
 from chiasm.errors import ConfigError
 from chiasm.io.manifest import Rejected, count_reasons
 from chiasm.progress import Progress
@@ -199,6 +200,8 @@ class Experiment:
         images, data = self.images, recipe.data
         division = divide(images, data, seed=seed, cache=self.features)
         backbone = self.backbone(seed)
+        if recipe.backbone.lora is not None:
+            check_lora(backbone.tower, recipe.backbone.lora)  # a typo is told now, not after the unimodal stage
         problem = self._problem(division, backbone)
         if recipe.backbone.unimodal != "full":
             problem = _with_features(problem, self.pool, backbone, division)

@@ -142,18 +142,7 @@ def apply_lora(module: nn.Module, config: LoraConfig) -> nn.Module:
     Raises:
         ConfigError: Nothing to adapt, targets that match nothing, or a tower that is adapted already.
     """
-    if has_lora(module):
-        raise ConfigError("the tower has low-rank adapters already", hint="merge them first: `merge_lora(tower)`")
-    layers, fused = _candidates(module, every=bool(config.targets))
-    if config.targets:
-        layers = [name for name in layers if _matches(name, config.targets)]
-        fused = [name for name in fused if _matches(f"{name}.{FUSED}", config.targets)]
-    if not layers and not fused:
-        wanted = ", ".join(config.targets)
-        raise ConfigError(
-            f"no layer of the tower ends in one of `lora.targets` = {wanted}" if wanted else "nothing to adapt",
-            hint="leave `lora.targets` empty to adapt every linear layer",
-        )
+    layers, fused = check_lora(module, config)
     module.requires_grad_(False)
     if layers:
         from peft import LoraConfig as PeftConfig
@@ -173,6 +162,27 @@ def apply_lora(module: nn.Module, config: LoraConfig) -> nn.Module:
         update = FusedLora(attention.in_proj_weight, config)  # type: ignore[arg-type]
         parametrize.register_parametrization(attention, FUSED, update, unsafe=True)
     return module
+
+
+def check_lora(module: nn.Module, config: LoraConfig) -> tuple[list[str], list[str]]:
+    """Return the names of the layers and of the native attentions that :func:`apply_lora` would adapt; change nothing.
+
+    Raises:
+        ConfigError: As :func:`apply_lora`.
+    """
+    if has_lora(module):
+        raise ConfigError("the tower has low-rank adapters already", hint="merge them first: `merge_lora(tower)`")
+    layers, fused = _candidates(module, every=bool(config.targets))
+    if config.targets:
+        layers = [name for name in layers if _matches(name, config.targets)]
+        fused = [name for name in fused if _matches(f"{name}.{FUSED}", config.targets)]
+    if not layers and not fused:
+        wanted = ", ".join(config.targets)
+        raise ConfigError(
+            f"no layer of the tower ends in one of `lora.targets` = {wanted}" if wanted else "nothing to adapt",
+            hint="leave `lora.targets` empty to adapt every linear layer",
+        )
+    return layers, fused
 
 
 def has_lora(module: nn.Module) -> bool:
