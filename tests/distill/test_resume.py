@@ -89,6 +89,17 @@ def test_a_stage_killed_after_any_step_ends_alike(name, drawn, tmp_path):
         assert not [p for p in around.cache.iterdir() if ".part" in p.name]
 
 
+def test_weights_that_were_best_before_the_kill_are_kept(drawn, tmp_path):
+    problem, sources = drawn
+    recipe, pairs = make_recipe(lr=3.0, schedule="constant"), sources.given["pairs"]
+    whole = run_arm(problem, pairs, "clip_it", recipe, seed=0).final
+    assert whole.best_step == 0, "nothing after the kill is better"
+    with pytest.raises(Killed):
+        run_arm(problem, pairs, "clip_it", recipe, seed=0,
+                around=Surroundings(cache=tmp_path, progress=KillAt("fuse", 4)))  # fmt: skip
+    same(run_arm(problem, pairs, "clip_it", recipe, seed=0, around=Surroundings(cache=tmp_path)).final, whole)
+
+
 @pytest.mark.parametrize("stage", ["unimodal", "text"])
 def test_the_other_stages_go_on_too(stage, drawn, tmp_path):
     problem, sources = drawn

@@ -69,6 +69,20 @@ def test_same_seed_same_bits_other_seed_other_weights(problem, pairs):
     assert not equal(runs[0].state, runs[2].state)
 
 
+@pytest.mark.parametrize("warm", [True, False])
+def test_arms_that_differ_in_their_text_alone_have_files_of_their_own(drawn, tmp_path, warm):
+    problem, sources = drawn
+    recipe, around = make_recipe(steps=1, warm_start_text=warm), Surroundings(cache=tmp_path)
+    arms = ("lambda0", "clip_it", "shuffled", "random_text", "prompt_text", "paired")
+    keys = {
+        run_arm(
+            problem, targets_of(ARMS[n].targets, sources, seed=0), n, recipe, seed=0, text_dim=6, around=around
+        ).final.key
+        for n in arms
+    }
+    assert len(keys) == len(arms)
+
+
 def test_features_are_standardised_by_training_images_alone(problem):
     state = run_unimodal(problem, make_recipe(), seed=0).state
     features = torch.tensor(problem.train.features, dtype=torch.float64)

@@ -19,9 +19,10 @@ from chiasm.distill.recipe import (
     StageConfig,
     SyntheticConfig,
 )
-from chiasm.distill.stages import class_probabilities, run_arm, run_fuse, run_unimodal, trained_tower
+from chiasm.distill.stages import Surroundings, class_probabilities, run_arm, run_fuse, run_unimodal, trained_tower
 from chiasm.distill.student import Inputs, Student, absorb_norm, identity_tower, make_heads, merged, run_student
 from chiasm.distill.synthetic import make_synthetic
+from chiasm.distill.targets import TextSources, targets_of
 from chiasm.encoders.base import EncoderConfig, ImageTowerConfig, LoraConfig
 from chiasm.encoders.heads import HeadsConfig
 from chiasm.encoders.image_side import build_backbone
@@ -194,6 +195,45 @@ def test_adapters_see_augmented_pixels_and_validation_does_not(drawn):
     assert seen == []  # the locked stage looks at features
     run_fuse(watched, None, ARMS["lambda0"], recipe, seed=0, unimodal=first, text_dim=6, tower=transformer())
     assert seen == [True] * 4
+
+
+def test_all_arms_see_the_same_images_in_the_same_order_augmented_alike(drawn):
+    """Otherwise a difference between two arms would have two causes; and no step draws what another one drew."""
+    problem, pairs = drawn
+    seen = []
+
+    def spy(rows, rng):
+        if rng is not None:
+            seen.append((tuple(rows.tolist()), float(rng.random())))
+        return pixels_of(0)(rows, None)
+
+    watched = replace(problem, train=replace(problem.train, pixels=spy))
+    recipe = make_recipe(lora=LORA, steps=5)
+    first = run_unimodal(watched, recipe, seed=0)
+    orders = {}
+    for name in ("unimodal_lora", "lambda0", "clip_it", "shuffled"):
+        seen.clear()
+        targets = targets_of(ARMS[name].targets, TextSources({"pairs": pairs}), seed=0)
+        run_arm(watched, targets, name, recipe, seed=0, unimodal=first, text_dim=6, tower=transformer())
+        orders[name] = list(seen)
+    assert len(orders["clip_it"]) == 5
+    assert all(order == orders["clip_it"] for order in orders.values())
+    assert len({draw for _, draw in orders["clip_it"]}) == 5
+    assert len({rows for rows, _ in orders["clip_it"]}) == 5
+
+
+def test_other_adapters_and_other_towers_have_files_of_their_own(drawn, tmp_path):
+    problem, pairs = drawn
+    around = Surroundings(cache=tmp_path)
+    other = transformer()
+    with torch.no_grad():
+        next(other.parameters()).add_(0.1)
+    cases = [(None, transformer()), (LORA, transformer()), (replace(LORA, alpha=7.0), transformer()), (LORA, other)]
+    keys = [
+        run_arm(problem, pairs, "clip_it", make_recipe(lora=x, steps=1), seed=0, tower=t, around=around).final.key
+        for x, t in cases
+    ]
+    assert len(set(keys)) == len(cases)
 
 
 def test_unimodal_with_adapters_takes_as_many_steps_as_the_fuse_stage(drawn):
