@@ -45,7 +45,8 @@ MakeStatistic = Callable[[Any, Any], WeightStatistic]
 """(truth, answers) -> a statistic of row weights, such as :func:`chiasm.metrics.weighted.auprc_statistic`."""
 
 SMALLEST_SIDE = 10
-"""Patients with the finding, and patients without, below which DeLong's normal law is not trusted."""
+"""Patients with the finding, and patients without, below which DeLong's normal law is not trusted. With 10 of 110, one or
+three rows each, and an AUROC of 0.67 or 0.90, 4 to 6.5 % of equal models were called different at 5 % (1500 simulations)."""
 
 ROUNDING = 1e-12
 

@@ -2,7 +2,8 @@
 
 In: scores or logits (rows,) or (rows, labels), or (rows, classes) of classes that exclude each other; truth with gaps.
 Out: estimators in the manner of scikit-learn (``fit``, ``transform``, ``get_params``) that turn them into
-probabilities and go to and from plain JSON values.
+probabilities and go to and from plain JSON values. Of a ``ZeroShotResult`` take ``scores`` (log-odds) label by label, or
+``logits`` for classes that exclude each other.
 
 Notable choices: calibration never turns the order of two rows round (isotonic may make neighbours equal), so no AUROC
 rises or falls by it. Where a score falls as its label rises, or too few patients have the finding, fitting is refused
