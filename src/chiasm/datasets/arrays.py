@@ -1,8 +1,9 @@
-"""Images that are rows of an array in an HDF5 file, as PatchCamelyon is stored: ``set_x.h5/x/12`` is row 12 of ``x``.
+"""Images that are rows of an array in an HDF5 or npz file, as PatchCamelyon and MedMNIST are stored: ``set_x.h5/x/12`` is
+row 12 of ``x``.
 
 Comes in: a file, the name of an array and a row, counted from 0. Goes out: a Pillow image. A row is read when it is
 asked for, never the file. Links to other files, virtual arrays and external storage are refused: a data file has no
-business reading elsewhere. h5py serialises calls, so threads may share a file; every process opens its own.
+business reading elsewhere; see `chiasm.datasets.npz` for the other kind. h5py serialises calls, so threads may share a file; every process opens its own.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from chiasm.datasets.npz import NPZ_SUFFIXES, open_npz
 from chiasm.errors import FileFormatError, InputError, MissingExtra
 from chiasm.io.image import MAX_PIXELS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-ARRAY_SUFFIXES = (".h5", ".hdf5")
+ARRAY_SUFFIXES = (".h5", ".hdf5", *NPZ_SUFFIXES)
 #: Labels of the largest patch set are 2 MB; images are read row by row and have no such limit.
 MAX_ARRAY_BYTES = 1 << 30
 _CHUNK_CACHE_BYTES = 16 << 20
@@ -104,6 +106,8 @@ def _split(member: str) -> tuple[str, int | None]:
 
 def _array(path: Path, key: str) -> Any:
     """Return the handle of an array that lies in this very file."""
+    if path.name.casefold().endswith(NPZ_SUFFIXES):
+        return open_npz(path, key)
     try:
         import h5py  # noqa: F401
     except ImportError as error:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import csv
 import gzip
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from chiasm.datasets import chexpert, mimic_cxr, nih14
+from chiasm.datasets import chexpert, medmnist, mhist, mimic_cxr, nih14
 
 Draw = Callable[[int], NDArray[np.uint8]]
 
@@ -167,8 +169,35 @@ def _write_tuberculosis(base: Path, word: str, form: str, sexes: tuple[str, str]
         (base / "ClinicalReadings" / f"{stem}.txt").write_text(text, encoding="utf-8")
 
 
+def write_mhist(root: Path, per_class: int, draw: Draw) -> None:
+    """Write MHIST: every fifth image to test."""
+    columns = ("Image Name", "Majority Vote Label", "Number of Annotators who Selected SSA (Out of 7)", "Partition")
+    rows: list[tuple[object, ...]] = [columns]
+    for i in range(2 * per_class):
+        number = i // per_class
+        name = f"MHIST_{i:03d}.png"
+        rows.append((name, mhist.FACTS.classes[number], 4 * number + i % 4, "test" if i % 5 == 0 else "train"))
+        save_picture(root / "images" / name, draw(number))
+    write_csv(root / "annotations.csv", rows)
+
+
+def _write_medmnist(name: str, root: Path, per_class: int, draw: Draw) -> None:
+    """Write a set of MedMNIST: colour where the class has one, grey for chest films."""
+    facts = medmnist.FACTS[name]
+    count = len(facts.classes)
+    arrays: dict[str, Any] = {}
+    for split in medmnist.SPLITS:
+        numbers = np.arange(count * per_class) % count
+        pictures = np.stack([draw(int(number)) for number in numbers])
+        arrays[f"{split}_images"] = pictures[..., 0] if facts.kind == "findings" else pictures
+        one_hot = np.eye(count, dtype=np.uint8)[numbers]
+        arrays[f"{split}_labels"] = one_hot if facts.kind == "findings" else numbers.astype(np.uint8)[:, None]
+    np.savez_compressed(root / f"{name}.npz", **arrays)
+
+
 #: Name of a data set, without what follows a dash -> what writes its miniature.
 WRITERS: Mapping[str, Callable[[Path, int, Draw], None]] = {
     "nih14": write_nih14, "chexpert": write_chexpert, "mimic-cxr": write_mimic_cxr, "openi": write_openi,
-    "tb-shenzhen": write_shenzhen, "tb-montgomery": write_montgomery,
+    "tb-shenzhen": write_shenzhen, "tb-montgomery": write_montgomery, "mhist": write_mhist,
+    **{name: partial(_write_medmnist, name) for name in medmnist.FACTS},
 }  # fmt: skip

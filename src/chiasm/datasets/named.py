@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from chiasm.datasets import bach, chexpert, crc, lc25000, mimic_cxr, nih14, openi, pcam, tuberculosis
+from chiasm.datasets import bach, chexpert, crc, lc25000, medmnist, mhist, mimic_cxr, nih14, openi, pcam, tuberculosis
 from chiasm.datasets.dataset import Dataset
 from chiasm.datasets.facts import DatasetFacts
 from chiasm.datasets.images import keep_decodable
@@ -58,6 +58,8 @@ _ENTRIES = (
     NamedDataset(openi.load_openi, openi.FACTS, ("sections", "per"), takes_require=True),
     NamedDataset(tuberculosis.load_tuberculosis, tuberculosis.SHENZHEN_FACTS),
     NamedDataset(partial(tuberculosis.load_tuberculosis, place="montgomery"), tuberculosis.MONTGOMERY_FACTS),
+    NamedDataset(mhist.load_mhist, mhist.FACTS, takes_require=True),
+    *(NamedDataset(partial(medmnist.load_medmnist, name=n), f, ("side_px",)) for n, f in medmnist.FACTS.items()),
 )
 #: Words before a colon that are no data sets: addresses (a `Path` drops one of their slashes), files of packages.
 _OTHER_SCHEMES = frozenset({"http", "https", "ftp", "s3", "gs", "hf", "file", "package"})
