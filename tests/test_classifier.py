@@ -282,6 +282,11 @@ def test_where_a_classifier_is_looked_for(folder: Path, tmp_path: Path) -> None:
         find_classifier(tmp_path)
     with pytest.raises(CheckpointError, match="does not exist"):
         find_classifier(tmp_path / "absent")
+    (tmp_path / "broken off" / "stages").mkdir(parents=True)
+    (tmp_path / "broken off" / "recipe.toml").write_text("")
+    with pytest.raises(CheckpointError, match="`broken off` has no classifier yet") as caught:
+        find_classifier(tmp_path / "broken off")
+    assert "--resume" in str(caught.value)
     native.save_model_dir(tmp_path / "encoder", {"a": torch.zeros(1)}, name="e", config={})
     with pytest.raises(CheckpointError, match="holds an encoder"):
         find_classifier(tmp_path / "encoder")

@@ -395,6 +395,11 @@ def find_classifier(path: str | Path) -> Path:
         raise CheckpointError(
             f"`{given.name}` holds an encoder, not a classifier", hint="`chiasm zero-shot` classifies with encoders"
         )
+    if (folder / "recipe.toml").is_file() and (folder / "stages").is_dir():
+        raise CheckpointError(
+            f"the run in `{given.name}` has no classifier yet",
+            hint="finish it with `chiasm distill ... --resume` (with `--arms`, name `clip_it` as well)",
+        )
     raise CheckpointError(
         f"`{given.name}` holds no classifier" if given.exists() else f"`{given.name}` does not exist",
         hint=f"give a run of `chiasm distill` or an export; expected `{native.CLASSIFIER.file}` in it",
