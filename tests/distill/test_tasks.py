@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from chiasm.distill.recipe import FuseConfig, StageConfig, SyntheticConfig
-from chiasm.distill.student import Student, make_heads
+from chiasm.distill.student import Student, TextProbe, identity_tower, make_heads
 from chiasm.distill.synthetic import make_synthetic
 from chiasm.distill.targets import make_targets
-from chiasm.distill.tasks import DistillTask, ImageTask, Judge
+from chiasm.distill.tasks import DistillTask, ImageTask, Judge, TextTask
+from chiasm.encoders.base import LoraConfig
 from chiasm.encoders.heads import HeadsConfig
 from chiasm.losses.distillation import balanced_weights
 
@@ -51,6 +52,34 @@ def test_each_image_is_taught_by_its_own_label_and_text(drawn, rows, every):
         rows, step=0, rng=np.random.default_rng(0)
     )
     torch.testing.assert_close(other["loss"], ce)
+
+
+def test_the_text_head_learns_each_text_with_the_label_of_its_image(drawn):
+    problem, pairs = drawn
+    mask, held_out_mask = np.arange(20) % 3 > 0, np.arange(10) > 4
+    targets = make_targets(pairs.train, pairs.validation, mask, held_out_mask)
+    probe = TextProbe(HeadsConfig(width=1, classes=4, text_dim=5), 0)
+    task = TextTask(probe, problem, targets, StageConfig())
+    assert len(task) == mask.sum()
+    rows = np.array([5, 0, 9])
+    loss = task.losses(rows, step=0, rng=np.random.default_rng(0))["loss"]
+    chosen = np.flatnonzero(mask)[rows]
+    wanted = F.cross_entropy(probe(torch.tensor(pairs.train[chosen])), torch.tensor(problem.train.labels[chosen]))
+    torch.testing.assert_close(loss, wanted)
+    logits = probe(torch.tensor(pairs.validation[held_out_mask])).detach()
+    held_out = F.cross_entropy(logits, torch.tensor(problem.validation.labels[held_out_mask]))
+    assert task.validate(step=0)["val_ce"] == pytest.approx(float(held_out))
+
+
+def test_in_the_warm_up_adapters_rest_too(drawn):
+    problem, pairs = drawn
+    heads = make_heads(HeadsConfig(width=8, classes=4, text_dim=5), 0)
+    adapted = Student.adapted(heads, identity_tower(8), lora=LoraConfig(rank=2), seed=0)
+    task = DistillTask(adapted, problem, pairs, FuseConfig(), steps=3, pixels=False)
+    names = [n for n, p in task.model.named_parameters() if p.requires_grad]
+    assert any("lora_" in n for n in names)
+    assert {n for n in names if task.trains(n, warmup=True)} == {"heads.distill.weight", "heads.distill.bias"}
+    assert all(task.trains(n, warmup=False) for n in names)
 
 
 def test_the_weight_of_the_text_follows_its_schedule(drawn):

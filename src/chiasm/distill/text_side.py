@@ -58,7 +58,8 @@ class TrainedText:
             self.model: nn.Module = apply_lora(tower, lora)
         self.device, self.collapse_rank = device, collapse_rank
         self._watched = np.unique(np.linspace(0, rows - 1, min(rows, WATCHED)).round().astype(np.int64))
-        self._at_start = target_variance(self._now())
+        found = self._now()
+        self._at_start, self._rank_at_start = target_variance(found), effective_rank(found)
 
     def embed(self, split: str, rows: NDArray[np.int64]) -> Tensor:
         """Return unit vectors (rows, text_dim)."""
@@ -68,10 +69,16 @@ class TrainedText:
         """Return ``target_variance`` and ``target_rank`` of the training targets.
 
         Raises:
-            TrainingError: The targets have collapsed.
+            TrainingError: The targets have collapsed, or hardly differed to begin with.
         """
         found = self._now()
         variance, rank = target_variance(found), effective_rank(found)
+        if self._rank_at_start < self.collapse_rank:
+            raise TrainingError(
+                f"the texts hardly differ, so that a collapse could not be seen: effective rank {self._rank_at_start:.2f} "
+                f"at the start (at least {self.collapse_rank:g})",
+                hint="leave out `fuse.text_lora`, pair with more reports, or lower `fuse.collapse_rank`",
+            )
         if variance < LEAST_VARIANCE * self._at_start or rank < self.collapse_rank:
             raise TrainingError(
                 f"the text targets have collapsed: effective rank {rank:.2f} (at least {self.collapse_rank:g}), variance "
