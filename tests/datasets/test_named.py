@@ -33,7 +33,7 @@ MODULE = "camelyonpatch_level_2_split_train"
 def trees(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One miniature of each family, 8 px, read by many tests and changed by none."""
     root = tmp_path_factory.mktemp("trees")
-    for name in ("crc-nonorm", *(n for n in NAMES if "-" not in n or n.startswith("tb-"))):
+    for name in ("crc-nonorm", *(n for n in NAMES if "-" not in n or n.startswith(("tb-", "rsna-")))):
         make_miniature(name, root / name, size_px=8)
     return root
 

@@ -17,7 +17,7 @@ from chiasm.datasets.facts import DatasetFacts, check_choice
 from chiasm.datasets.parsing import parse_table
 from chiasm.errors import FileFormatError
 from chiasm.io.manifest import Rejected
-from chiasm.types import LabelValue, Sample
+from chiasm.types import Box, LabelValue, Sample
 
 Part = Literal["image", "text"]
 Uncertain = Literal["keep", "ones", "zeros", "ignore"]
@@ -90,6 +90,34 @@ def index_images(root: Path, folders: Iterable[str], suffixes: Sequence[str] = (
                         if entry.name.casefold().endswith(tuple(suffixes)) and not entry.name.startswith("."):
                             found.setdefault(entry.name, folder / entry.name)
     return found
+
+
+def index_films(root: Path, folders: Iterable[str]) -> dict[str, Path]:
+    """Return file name without its ending -> path; a PNG or JPEG before a DICOM file of the same name."""
+    found: dict[str, Path] = {}
+    for suffixes in ((".png",), (".jpg", ".jpeg"), (".dcm", ".dicom")):
+        for name, path in index_images(root, folders, suffixes).items():
+            found.setdefault(name.rpartition(".")[0], path)
+    return found
+
+
+def read_box(
+    cells: Sequence[str | None], label: str, number: int, table: Path, *, sides: bool = False
+) -> Box:
+    """Return the box of four cells, in pixels: left, top, right and bottom, or, with ``sides``, left, top, width and height.
+
+    Raises:
+        FileFormatError: They are no box with an area.
+    """
+    try:
+        x0, y0, x1, y1 = (float(cell or "nan") for cell in cells)
+    except ValueError:
+        x0 = y0 = x1 = y1 = float("nan")
+    if sides:
+        x1, y1 = x0 + x1, y0 + y1
+    if not (x0 < x1 and y0 < y1):
+        raise FileFormatError(f"row {number} of `{table.name}` holds no box", hint="download it again")
+    return Box(x0, y0, x1, y1, label)
 
 
 def keep_whole(

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chiasm.datasets import chexpert, medmnist, mhist, mimic_cxr, nih14
+from chiasm.datasets import chexpert, medmnist, mhist, mimic_cxr, nih14, roco, rsna, vindr_cxr
 
 Draw = Callable[[int], NDArray[np.uint8]]
 
@@ -195,9 +195,74 @@ def _write_medmnist(name: str, root: Path, per_class: int, draw: Draw) -> None:
     np.savez_compressed(root / f"{name}.npz", **arrays)
 
 
+def _save_dicom(path: Path) -> None:
+    """Write the beginning of a DICOM file, without a picture: enough to be found."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(bytes(128) + b"DICM")
+
+
+def write_rsna(root: Path, per_class: int, draw: Draw) -> None:
+    """Write the RSNA challenge: two boxes on every film with pneumonia; the DICOM files hold no picture."""
+    labels: list[tuple[object, ...]] = [("patientId", "x", "y", "width", "height", "Target")]
+    classes: list[tuple[object, ...]] = [("patientId", "class")]
+    for i in range(3 * per_class):
+        number, name = i // per_class, f"{i:08x}-0000-4000-8000-000000000000"
+        found = [(name, 264.0, 152.0, 213.0, 379.0, 1), (name, 562.0, 152.0, 256.0, 453.0, 1)]
+        rows = found if number == 2 else [(name, "", "", "", "", 0)]
+        labels += rows
+        classes += [(name, rsna.FACTS.classes[number])] * len(rows)
+        _save_dicom(root / "stage_2_train_images" / f"{name}.dcm")
+    write_csv(root / "stage_2_train_labels.csv", labels)
+    write_csv(root / "stage_2_detailed_class_info.csv", classes)
+
+
+def write_vindr_cxr(root: Path, per_class: int, draw: Draw) -> None:
+    """Write VinDr-CXR: two of three readers see the finding, one another; the DICOM files hold no picture."""
+    classes = vindr_cxr.FACTS.classes
+    for split in vindr_cxr.SPLITS:
+        readers = ("R8", "R9", "R10") if split == "train" else ("",)
+        named = [c if split == "test" else c.replace("Other disease", "Other diseases") for c in classes]
+        whose = ("rad_id",) if split == "train" else ()
+        labels: list[tuple[object, ...]] = [("image_id", *whose, *named)]
+        boxes: list[tuple[object, ...]] = [("image_id", *whose, "class_name", "x_min", "y_min", "x_max", "y_max")]
+        for i in range(per_class * len(classes)):
+            number, name = i // per_class, f"{split[:2].encode().hex()}{i:028x}"
+            for place, reader in enumerate(readers):
+                seen = (number + (place == 2)) % len(classes)
+                who = (reader,) if split == "train" else ()
+                labels.append((name, *who, *(int(c == seen) for c in range(len(classes)))))
+                corners = (691.5, 1375.0, 1653.0, 1831.5) if seen < len(vindr_cxr.FINDINGS) else ("",) * 4
+                boxes.append((name, *who, classes[seen], *corners))
+            _save_dicom(root / split / f"{name}.dicom")
+        write_csv(root / "annotations" / f"image_labels_{split}.csv", labels)
+        write_csv(root / "annotations" / f"annotations_{split}.csv", boxes)
+
+
+def write_roco(root: Path, per_class: int, draw: Draw) -> None:
+    """Write ROCO: a list of captions beside the images of each part."""
+    for part, word in enumerate(roco.SPLITS.values()):
+        folder = root / word / "radiology"
+        names = [f"ROCO_{part}{i:04d}" for i in range(per_class)]
+        for name in names:
+            save_picture(folder / "images" / f"{name}.jpg", draw(0))
+        lines = [f"{name}\t Axial CT of the chest, figure {i}.\n" for i, name in enumerate(names)]
+        (folder / "captions.txt").write_text("".join(lines), encoding="utf-8")
+
+
+def write_rocov2(root: Path, per_class: int, draw: Draw) -> None:
+    """Write ROCOv2: a table of captions for each part."""
+    for word in roco.V2_SPLITS.values():
+        names = [f"ROCOv2_2023_{word}_{i:06d}" for i in range(per_class)]
+        for name in names:
+            save_picture(root / word / f"{name}.jpg", draw(0))
+        rows = [(name, f"Axial CT, with contrast, figure {i}.") for i, name in enumerate(names)]
+        write_csv(root / f"{word}_captions.csv", [("ID", "Caption"), *rows])
+
+
 #: Name of a data set, without what follows a dash -> what writes its miniature.
 WRITERS: Mapping[str, Callable[[Path, int, Draw], None]] = {
     "nih14": write_nih14, "chexpert": write_chexpert, "mimic-cxr": write_mimic_cxr, "openi": write_openi,
     "tb-shenzhen": write_shenzhen, "tb-montgomery": write_montgomery, "mhist": write_mhist,
+    "rsna-pneumonia": write_rsna, "vindr-cxr": write_vindr_cxr, "roco": write_roco, "rocov2": write_rocov2,
     **{name: partial(_write_medmnist, name) for name in medmnist.FACTS},
 }  # fmt: skip

@@ -13,7 +13,22 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from chiasm.datasets import bach, chexpert, crc, lc25000, medmnist, mhist, mimic_cxr, nih14, openi, pcam, tuberculosis
+from chiasm.datasets import (
+    bach,
+    chexpert,
+    crc,
+    lc25000,
+    medmnist,
+    mhist,
+    mimic_cxr,
+    nih14,
+    openi,
+    pcam,
+    roco,
+    rsna,
+    tuberculosis,
+    vindr_cxr,
+)
 from chiasm.datasets.dataset import Dataset
 from chiasm.datasets.facts import DatasetFacts
 from chiasm.datasets.images import keep_decodable
@@ -59,6 +74,10 @@ _ENTRIES = (
     NamedDataset(tuberculosis.load_tuberculosis, tuberculosis.SHENZHEN_FACTS),
     NamedDataset(partial(tuberculosis.load_tuberculosis, place="montgomery"), tuberculosis.MONTGOMERY_FACTS),
     NamedDataset(mhist.load_mhist, mhist.FACTS, takes_require=True),
+    NamedDataset(rsna.load_rsna, rsna.FACTS, takes_require=True),
+    NamedDataset(vindr_cxr.load_vindr_cxr, vindr_cxr.FACTS, ("agreement", "splits"), takes_require=True),
+    NamedDataset(roco.load_roco, roco.FACTS, ("splits",), takes_require=True),
+    NamedDataset(partial(roco.load_roco, version=2), roco.V2_FACTS, ("splits",), takes_require=True),
     *(NamedDataset(partial(medmnist.load_medmnist, name=n), f, ("side_px",)) for n, f in medmnist.FACTS.items()),
 )
 #: Words before a colon that are no data sets: addresses (a `Path` drops one of their slashes), files of packages.

@@ -21,6 +21,7 @@ from chiasm.datasets.layout import (
     in_words,
     index_images,
     keep_whole,
+    read_box,
     read_rows,
     sex_of,
 )
@@ -149,10 +150,6 @@ def _read_boxes(root: Path) -> dict[str, list[Box]]:
         return found
     table = parse_table(path, separator=",")
     for number, cells in table.rows:
-        try:
-            name, label = str(cells[0]).strip(), str(cells[1]).strip()
-            x, y, width, height = (float(cell) for cell in cells[2:6])
-        except ValueError as error:
-            raise FileFormatError(f"row {number} of `{path.name}` holds no box", hint="download it again") from error
-        found[name].append(Box(x, y, x + width, y + height, _BOX_NAMES.get(label, label)))
+        name, label = (str(cell).strip() for cell in (*cells, "", "")[:2])
+        found[name].append(read_box(cells[2:6], _BOX_NAMES.get(label, label), number, path, sides=True))
     return found
