@@ -20,6 +20,10 @@ missing is named, with where to get it. A name with a dash is the same data with
     chiasm embed pcam:/data/pcam --out embedded --modality image --model conch
     chiasm pairing --images crc:/data/crc --reports tcga:/data/tcga --tissue colo --encoder conch --out pairs
 
+An image has one class, the label `label`, or several findings, each a label of its own: 1 present, 0 absent, None not
+labelled (never "absent"); -1 is a labeller's "uncertain" where a section says so. `open_dataset(..., require=())` reads
+labels without images, `require=("text",)` reports without images. Sets that name patients keep them in `Sample.patient`.
+
 `chiasm.datasets.miniature.make_miniature("pcam", folder)` writes a small one with drawn pictures, to try a command.
 
 This page is written by `tools/make_datasets_page.py` from the readers in `src/chiasm/datasets/`: correct these, not the

@@ -1,7 +1,10 @@
-"""RSNA pneumonia and VinDr-CXR, whose findings have boxes, and the captions of ROCO."""
+"""RSNA pneumonia and VinDr-CXR, whose findings have boxes, and the captions of ROCO and MedPix."""
 
 from __future__ import annotations
 
+import csv
+import json
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -11,7 +14,7 @@ from PIL import Image
 
 from chiasm.datasets import open_sample_image
 from chiasm.datasets.miniature import make_miniature
-from chiasm.datasets.named import open_dataset
+from chiasm.datasets.named import dataset_facts, open_dataset
 from chiasm.errors import FileFormatError, InputError
 
 
@@ -103,7 +106,25 @@ def test_roco_joins_figures_and_captions(tmp_path: Path) -> None:
     assert (data[6].id, data[6].text) == ("ROCO_10001", "Axial CT of the chest, figure 1.")
     assert open_sample_image(data[6]).size == (8, 8)
     assert open_dataset("roco", root).digest == data.digest
-    (root / "train" / "radiology" / "images" / "ROCO_00000.jpg").unlink()
+    assert [s.study for s in data][:3] == ["PMC1000000", "PMC1000000", "PMC1000001"]
+    first = root / "train" / "radiology" / "images" / "PMC1000000_a-0-g001.jpg"
+    links = root / "train" / "radiology" / "dlinks.txt"
+    whole = links.read_text()
+    links.unlink()
+    with pytest.raises(InputError, match="none of the 5 images"):
+        open_dataset("roco", root, splits=["train"])
+    table = root / "train" / "radiology" / "traindata.csv"
+    for place in (table, root / "train" / "radiologytraindata.csv"):
+        place.write_text("id,name,caption\n" + "".join(
+            f"ROCO_0000{i},PMC{1000000 + i // 2}_a-{i}-g001.jpg,c\n" for i in range(5)
+        ))  # fmt: skip
+        assert open_dataset("roco", root).digest == data.digest
+        place.unlink()
+    (first.parent / "ROCO_00000.jpg").write_bytes(first.read_bytes())
+    assert len(open_dataset("roco", root, splits=["train"])) == 1
+    (first.parent / "ROCO_00000.jpg").unlink()
+    links.write_text(whole)
+    first.unlink()
     captions = root / "train" / "radiology" / "captions.txt"
     captions.write_text(captions.read_text() + "ROCO_9 no tab\n\nROCO_00001\t again\nROCO_00003x\t\n")
     reasons = Counter(r.reason for r in open_dataset("roco", root, splits=["train"]).rejected)
@@ -126,3 +147,58 @@ def test_rocov2_has_a_table_a_part(tmp_path: Path) -> None:
     )  # fmt: skip
     (root / "valid").rename(root / "valid_images")
     assert open_dataset("rocov2", root).digest == data.digest
+
+
+def test_medpix_reads_the_lines_of_the_authors(tmp_path: Path) -> None:
+    root = make_miniature("medpix", tmp_path, size_px=8, per_class=5)
+    data = open_dataset("medpix", root)
+    assert Counter(s.split for s in data) == {"train": 5, "val": 5}
+    assert (data[0].id, data[0].patient, data[0].text) == (
+        "MPX1000_synpic10000", "MPX1000", "A mass in the lobe, figure 0.",
+    )  # fmt: skip
+    assert data[0].labels == {
+        "modality_type": "CT", "modality": "CT - noncontrast", "plane": "Axial", "location": "Brain and Neuro",
+        "location_category": "Head", "age_years": 20, "sex": "F",
+    }  # fmt: skip
+    lines = root / "splitted_dataset" / "descriptions_train.jsonl"
+    rows = lines.read_text().splitlines(keepends=True)
+    lines.unlink()
+    (lines.parent / "descriptions_train_1.jsonl").write_text("".join(rows[:2]))
+    with pytest.raises(InputError, match=r"file `descriptions_train_2.jsonl` is missing"):
+        open_dataset("medpix", root)
+    second = lines.parent / "descriptions_train_2.jsonl"
+    second.write_text("".join(rows[2:]))
+    assert open_dataset("medpix", root).digest == data.digest
+    for text in ("[1]\n", "{", '{"Description": 3}\n'):
+        second.write_text(text)
+        with pytest.raises(FileFormatError, match=r"line 1 of `descriptions_train_2.jsonl`"):
+            open_dataset("medpix", root)
+    assert open_dataset("medpix", root, splits=["val"]).splits == ("val",)
+    with pytest.raises(InputError, match=r"file `descriptions_test.jsonl` is missing"):
+        open_dataset("medpix", root, splits=["test"])
+
+
+def test_medpix_reads_the_real_table_and_the_same_as_lines(tmp_path: Path) -> None:
+    folder = Path(os.environ.get("CHIASM_DATA", "")) / "medpix2"
+    if "CHIASM_DATA" not in os.environ or not (folder / "metadata.csv").is_file():
+        pytest.skip("CHIASM_DATA names no folder with medpix2")
+    data = open_dataset("medpix", folder)
+    assert Counter(s.split for s in data) == dataset_facts("medpix").sizes
+    assert (len(set(data.groups)), data.rejected) == (602, ())
+    assert Counter(data.labels("modality_type")) == {"CT": 962, "MR": 888}
+    (tmp_path / "images").symlink_to(folder / "images")
+    with (folder / "metadata.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for word in ("train", "dev"):
+        lines = [
+            json.dumps({
+                "Type": r["modality_type"], "U_id": r["case_id"], "image": Path(r["image"]).stem,
+                "Location": r["location"], "Location Category": r["location_category"], "Description": {
+                    "Age": r["age"], "Caption": r["caption"], "Modality": r["modality"], "Plane": r["plane"],
+                    "Sex": r["sex"],
+                },
+            })
+            for r in rows if r["split"] == word
+        ]  # fmt: skip
+        (tmp_path / f"descriptions_{word}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    assert open_dataset("medpix", tmp_path).digest == data.digest

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import json
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -243,8 +244,12 @@ def write_roco(root: Path, per_class: int, draw: Draw) -> None:
     for part, word in enumerate(roco.SPLITS.values()):
         folder = root / word / "radiology"
         names = [f"ROCO_{part}{i:04d}" for i in range(per_class)]
-        for name in names:
-            save_picture(folder / "images" / f"{name}.jpg", draw(0))
+        links = []
+        for i, name in enumerate(names):
+            article, figure = f"PMC{1_000_000 + 100 * part + i // 2}", f"a-{i}-g001.jpg"
+            save_picture(folder / "images" / f"{article}_{figure}", draw(0))
+            links.append(f"{name}\twget -r ftp://host/pub/pmc/oa_package/{article}.tar.gz -P /path/to/Dir\t{figure}\n")
+        (folder / "dlinks.txt").write_text("".join(links), encoding="utf-8")
         lines = [f"{name}\t Axial CT of the chest, figure {i}.\n" for i, name in enumerate(names)]
         (folder / "captions.txt").write_text("".join(lines), encoding="utf-8")
 
@@ -259,10 +264,30 @@ def write_rocov2(root: Path, per_class: int, draw: Draw) -> None:
         write_csv(root / f"{word}_captions.csv", [("ID", "Caption"), *rows])
 
 
+def write_medpix(root: Path, per_class: int, draw: Draw) -> None:
+    """Write MedPix 2.0: two images a case, train and dev."""
+    for part, word in enumerate(("train", "dev")):
+        lines = []
+        for i in range(per_class):
+            case, scan = f"MPX{1000 + 100 * part + i // 2}", ("CT", "MR")[i % 2]
+            name = f"{case}_synpic{10_000 + i}"
+            save_picture(root / "images" / f"{name}.png", draw(0))
+            about = {
+                "ACR Codes": "1.3", "Age": str(20 + i), "Caption": f"A mass in the lobe, figure {i}.", "Figure Part": None,
+                "Modality": f"{scan} - noncontrast", "Plane": "Axial", "Sex": ("female", "male")[i % 2],
+            }  # fmt: skip
+            where = {"Location": "Brain and Neuro", "Location Category": "Head"}
+            lines.append(json.dumps({"Type": scan, "U_id": case, "image": name, "Description": about, **where}) + "\n")
+        path = root / "splitted_dataset" / f"descriptions_{word}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(lines), encoding="utf-8")
+
+
 #: Name of a data set, without what follows a dash -> what writes its miniature.
 WRITERS: Mapping[str, Callable[[Path, int, Draw], None]] = {
     "nih14": write_nih14, "chexpert": write_chexpert, "mimic-cxr": write_mimic_cxr, "openi": write_openi,
     "tb-shenzhen": write_shenzhen, "tb-montgomery": write_montgomery, "mhist": write_mhist,
     "rsna-pneumonia": write_rsna, "vindr-cxr": write_vindr_cxr, "roco": write_roco, "rocov2": write_rocov2,
+    "medpix": write_medpix,
     **{name: partial(_write_medmnist, name) for name in medmnist.FACTS},
 }  # fmt: skip

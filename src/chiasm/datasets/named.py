@@ -19,6 +19,7 @@ from chiasm.datasets import (
     crc,
     lc25000,
     medmnist,
+    medpix,
     mhist,
     mimic_cxr,
     nih14,
@@ -78,6 +79,7 @@ _ENTRIES = (
     NamedDataset(vindr_cxr.load_vindr_cxr, vindr_cxr.FACTS, ("agreement", "splits"), takes_require=True),
     NamedDataset(roco.load_roco, roco.FACTS, ("splits",), takes_require=True),
     NamedDataset(partial(roco.load_roco, version=2), roco.V2_FACTS, ("splits",), takes_require=True),
+    NamedDataset(medpix.load_medpix, medpix.FACTS, ("splits",), takes_require=True),
     *(NamedDataset(partial(medmnist.load_medmnist, name=n), f, ("side_px",)) for n, f in medmnist.FACTS.items()),
 )
 #: Words before a colon that are no data sets: addresses (a `Path` drops one of their slashes), files of packages.
