@@ -181,7 +181,7 @@ def unique_header(names: Iterable[str]) -> list[str]:
 def _parse_text(path: Path, separator: str | None, encoding: str | None) -> RawTable:
     encoding = encoding or detect_encoding(path)
     try:
-        with io.TextIOWrapper(_open_bytes(path), encoding=encoding, newline="") as file:
+        with _open_bytes(path) as raw, io.TextIOWrapper(raw, encoding=encoding, newline="") as file:
             separator = separator or detect_separator(file.read(65536))
             file.seek(0)
             return _read_delimited(file, separator, encoding, path.name)
