@@ -29,6 +29,8 @@ def test_at_first_a_text_tower_gives_the_targets(phantom_recipe, tmp_path, arm):
             found = torch.nn.functional.normalize(tower(split, torch.arange(len(expected))), dim=1)
         assert np.allclose(found.numpy(), expected, atol=1e-5)
     assert not [n for n, _ in tower.named_parameters() if "visual" in n or "logit" in n]
+    kept = {n for n, t in tower.state_dict().items() if not t.is_floating_point()}
+    assert not kept, "a checkpoint must not hold token ids of reports"
     assert setup.impossible("random_text")
     assert setup.impossible("paired")
     assert setup.impossible(arm) is None

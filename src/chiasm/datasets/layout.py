@@ -101,9 +101,7 @@ def index_films(root: Path, folders: Iterable[str]) -> dict[str, Path]:
     return found
 
 
-def read_box(
-    cells: Sequence[str | None], label: str, number: int, table: Path, *, sides: bool = False
-) -> Box:
+def read_box(cells: Sequence[str | None], label: str, number: int, table: Path, *, sides: bool = False) -> Box:
     """Return the box of four cells, in pixels: left, top, right and bottom, or, with ``sides``, left, top, width and height.
 
     Raises:

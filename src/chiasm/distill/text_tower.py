@@ -64,11 +64,14 @@ class TextTower(nn.Module):
         tokens = encoder.tokenizer.encode([texts.texts[i] for i in used])
         self.train_rows = texts.train
         self.model = text_only(encoder.model)
-        self.register_buffer("ids", tokens.ids)
-        self.register_buffer("lengths", tokens.lengths)
-        self.register_buffer("rows", torch.from_numpy(place.reshape(texts.rows.shape).astype(np.int64)))
+        # Not persistent: a checkpoint must not hold the words of patients, nor anything they can be read from.
+        self.register_buffer("ids", tokens.ids, persistent=False)
+        self.register_buffer("lengths", tokens.lengths, persistent=False)
+        self.register_buffer(
+            "rows", torch.from_numpy(place.reshape(texts.rows.shape).astype(np.int64)), persistent=False
+        )
         weights = np.where(texts.rows >= 0, texts.weights, 0.0)
-        self.register_buffer("weights", torch.from_numpy(weights.astype(np.float32)))
+        self.register_buffer("weights", torch.from_numpy(weights.astype(np.float32)), persistent=False)
 
     def forward(self, split: str, rows: Tensor) -> Tensor:
         """Return embeddings of rows of ``train`` or ``validation``."""
