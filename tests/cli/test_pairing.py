@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,21 +119,23 @@ def test_mistakes_are_named(
 def test_no_ids_and_no_texts_in_what_is_said(
     chiasm: Run, phantom_table: Path, corpus: Path, roles: list[str], model_dir: Path, tmp_path: Path
 ) -> None:
+    shutil.copytree(phantom_table.parent, tmp_path / "data")  # other tests take images of the shared folder
+    table = tmp_path / "data" / "one_bad.csv"
     with phantom_table.open(newline="") as file:
         rows = list(csv.reader(file))
-    table = phantom_table.with_name("one_bad.csv")
-    bad = phantom_table.parent / "images" / "canary-patient.png"
+    bad = table.parent / "images" / "canary-patient.png"
     bad.write_bytes(b"no image")
     rows[1][rows[0].index("filepath")] = "images/canary-patient.png"
     with table.open("w", newline="") as file:
         csv.writer(file).writerows(rows)
-    words = ("pairing", "--images", table, "--reports", corpus, *roles, "--encoder", model_dir, "--out", tmp_path)
+    words = ("pairing", "--images", table, "--reports", corpus, *roles, "--encoder", model_dir, "--out",
+             tmp_path / "pairs")  # fmt: skip
     for answer in (chiasm(*words), json.dumps(chiasm(*words, "--json"))):
         assert "rejected" in answer
         for secret in ("canary", rows[2][rows[0].index("id")], "k1"):
             assert secret not in answer
-    assert "canary" not in (tmp_path / "pairing.json").read_text()
-    listed = (tmp_path / "rejected.jsonl").read_text().splitlines()
+    assert "canary" not in (tmp_path / "pairs" / "pairing.json").read_text()
+    listed = (tmp_path / "pairs" / "rejected.jsonl").read_text().splitlines()
     assert len(listed) == 1
 
 
