@@ -167,7 +167,7 @@ def main() -> None:
     if options.memory:
         print(measure_memory(*options.memory))
         return
-    n, m, sample = (4_000, 2_000, 400) if options.quick else (100_000, 10_000, 2_000)
+    n, m, sample = (4_000, 2_000, 400) if options.quick else (100_000, 10_000, 5_000)
     n, m, sample = options.images or n, options.reports or m, options.sample or sample
     machine = timing.describe_machine(["chiasm", "numpy", "torch", "faiss-cpu"])
     machine["threads"] = torch.get_num_threads()

@@ -21,8 +21,9 @@ from chiasm.types import Embeddings
 Aggregate = Literal["max", "mean", "top_mean"]
 #: ``top_mean`` is the mean over this many chunks, or over all of a report that has fewer.
 TOP_CHUNKS = 3
-_IMAGE_ROWS = 512  # a block of similarities of usual size is then reused memory, not fresh pages
-#: Unit rows of images (n, dim) -> their cosines with known reports (n, m), roughly, and how far one can be off.
+_IMAGE_ROWS = 256  # a block of similarities of usual size then stays near the processor
+#: Unit rows of images (n, dim) -> their cosines with known reports (n, m), roughly, and how far one can be off. The array
+#: may be written over by the next call.
 Rough = Callable[[NDArray[np.float32]], tuple[NDArray[np.float32], float]]
 #: Unit rows of reports (m, dim) -> what compares images with them.
 Product = Callable[[NDArray[np.float32]], Rough]

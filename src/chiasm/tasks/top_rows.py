@@ -59,15 +59,14 @@ class TopRows:
         threshold = self.scores[:, -1] - error
         if not np.isfinite(threshold).all():
             self._raise_threshold(rough, threshold, ~np.isfinite(threshold), error)
-        keep = rough >= threshold.astype(np.float32)[:, None]
-        crowded = np.count_nonzero(keep, axis=1) > 8 * self.k + 64
+        query, column = _cells_above(rough, threshold)
+        # Counted from the cells: numpy's count along an axis takes several times as long as finding them.
+        crowded = np.bincount(query, minlength=len(rough)) > 8 * self.k + 64
         if crowded.any():
             self._raise_threshold(rough, threshold, crowded, error)
-            keep[crowded] = rough[crowded] >= threshold[crowded].astype(np.float32)[:, None]
-        flat = np.flatnonzero(keep)
-        if len(flat) == 0:
+            query, column = _cells_above(rough, threshold)
+        if len(query) == 0:
             return
-        query, column = np.divmod(flat, rough.shape[1])
         allowed = np.isfinite(rough[query, column])
         query, column = query[allowed], column[allowed]
         for part in _chunks(len(query), width):
@@ -95,18 +94,30 @@ class TopRows:
         self.scores[touched] = all_scores[best]
 
 
+def _cells_above(
+    rough: NDArray[np.float32], threshold: NDArray[np.float64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return queries and columns of the cells that reach their query's threshold."""
+    flat = np.flatnonzero(rough >= threshold.astype(np.float32)[:, None])
+    query, column = np.divmod(flat, rough.shape[1])
+    return query, column
+
+
 def kth_best(rough: NDArray[np.float32], k: int) -> NDArray[np.float32]:
     """Return a lower bound of the k-th best score of each query, tight unless several of the best share a stripe.
 
     Columns are dealt out to stripes; the k-th best of the stripes' maxima belongs to k different columns.
     """
+    if k == 1:
+        top: NDArray[np.float32] = rough.max(axis=1)
+        return top
     n, columns = rough.shape
     stripes = max(256, 16 * k)
     depth = columns // stripes
     if depth >= 2:
         rough = rough[:, : depth * stripes].reshape(n, depth, stripes).max(axis=1)
     place = rough.shape[1] - k
-    best: NDArray[np.float32] = rough.max(axis=1) if k == 1 else np.partition(rough, place, axis=1)[:, place]
+    best: NDArray[np.float32] = np.partition(rough, place, axis=1)[:, place]
     return best
 
 
