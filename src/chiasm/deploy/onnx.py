@@ -226,7 +226,7 @@ def load_onnx(folder: str | Path, *, threads: int = 0) -> OnnxClassifier:
     options.log_severity_level = 3
     try:
         session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
+    except Exception as error:  # ONNX Runtime's own errors share no narrower class
         raise CheckpointError(f"`{MODEL_FILE}` is damaged or of a newer ONNX", hint="export it again") from error
     try:
         return OnnxClassifier(session, declaration)

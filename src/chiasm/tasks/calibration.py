@@ -14,6 +14,7 @@ split by patient where there is one set only. How good the result is: ``metrics.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
@@ -36,7 +37,7 @@ _STEPS = 100
 _LARGEST = 1e4  # a slope beyond this times 1 / spread of the scores means that nothing holds it back
 
 
-class Calibrator:
+class Calibrator(ABC):
     """What the calibrators share; use one of the subclasses.
 
     Args:
@@ -129,11 +130,13 @@ class Calibrator:
         made.fitted_ = [dict(f) for f in fitted]
         return made
 
+    @abstractmethod
     def _fit_column(self, scores: Floats, truth: Floats, name: str) -> dict[str, Any]:
-        raise NotImplementedError
+        """Return the parameters of one column (rows,) with truth 0 or 1."""
 
+    @abstractmethod
     def _transform_column(self, scores: Floats, fitted: Mapping[str, Any]) -> Floats:
-        raise NotImplementedError
+        """Return the probabilities of one column."""
 
     def _fitted(self) -> list[dict[str, Any]]:
         if not hasattr(self, "fitted_"):
