@@ -9,6 +9,7 @@ method                  towers                                 source
 ``similarity``          all that give patch vectors            Zhou et al. 2022 (MaskCLIP)
 ``biovil``              the same; made for BioViL              Boecking et al. 2022: ``similarity``, blurred
 ``occlusion``           all                                    Zeiler and Fergus 2014
+``gloria``              those that keep regions and words      Huang et al. 2021: the deciding word
 ======================  =====================================  ==========================================
 
 ``auto`` is ``attention`` for CLIP's ViT, ``layer_cam`` for its ResNet, ``occlusion`` for all others. ``similarity`` is fast
@@ -29,12 +30,16 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from chiasm.errors import InputError, UnknownName
+from chiasm.encoders.resnet import ModifiedResNet
+from chiasm.encoders.vit import VisionTransformer
+from chiasm.errors import ChiasmError, InputError, UnknownName
 from chiasm.explain.gradients import attention_relevance, grad_cam, layer_cam
 from chiasm.explain.heatmap import HeatMap, model_view
 from chiasm.explain.occlusion import occlusion_maps
 from chiasm.explain.similarity import biovil_maps, patch_text_maps
-from chiasm.explain.towers import image_batch, natural_method, quiet, scores, text_direction
+from chiasm.explain.towers import image_batch, natural_method, quiet, scores, text_direction, trunk_of
+from chiasm.explain.word_attention import METHOD as GLORIA
+from chiasm.explain.word_attention import deciding_word_maps, has_word_attention
 from chiasm.progress import Progress, SilentProgress
 
 if TYPE_CHECKING:
@@ -42,7 +47,7 @@ if TYPE_CHECKING:
 
     from chiasm.encoders.base import Encoder
 
-MethodName = Literal["auto", "attention", "layer_cam", "grad_cam", "similarity", "biovil", "occlusion"]
+MethodName = Literal["auto", "attention", "layer_cam", "grad_cam", "similarity", "biovil", "occlusion", "gloria"]
 MapFunction = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 METHODS: dict[str, MapFunction] = {
@@ -107,9 +112,37 @@ def choose_method(encoder: Encoder, method: MethodName = "auto") -> str:
     """
     if method == "auto":
         return natural_method(encoder.model.image_side())
-    if method not in METHODS:
-        raise UnknownName("method", method, METHODS, hint=f"methods: auto, {', '.join(METHODS)}")
+    if method not in METHODS and method != GLORIA:
+        known = (*METHODS, GLORIA)
+        raise UnknownName("method", method, known, hint=f"methods: auto, {', '.join(known)}")
     return method
+
+
+def methods_for(encoder: Encoder) -> tuple[str, ...]:
+    """Return the methods that an encoder's towers can serve, the automatic one first."""
+    visual = encoder.model.image_side()
+    trunk = trunk_of(visual)
+    serves = {
+        "attention": isinstance(trunk, VisionTransformer),
+        "layer_cam": isinstance(trunk, ModifiedResNet),
+        "grad_cam": isinstance(trunk, ModifiedResNet),
+        "similarity": _has_patches(encoder),
+        "biovil": _has_patches(encoder),
+        "occlusion": True,
+        GLORIA: has_word_attention(encoder),
+    }
+    found = [name for name, can in serves.items() if can]
+    first = natural_method(visual)
+    return (first, *(name for name in found if name != first))
+
+
+def _has_patches(encoder: Encoder) -> bool:
+    size = encoder.preprocess_spec.size
+    try:
+        encoder.patch_features(torch.zeros(1, 3, size, size))
+    except ChiasmError:
+        return False
+    return True
 
 
 def explain(
@@ -194,7 +227,7 @@ def _maps(
 ) -> list[HeatMap]:
     visual = encoder.model.image_side()
     pixels = image_batch(encoder, images)
-    values = METHODS[method](visual, pixels, directions)
+    values = _gloria(encoder, pixels, keys) if method == GLORIA else METHODS[method](visual, pixels, directions)
     with torch.inference_mode():
         whole = scores(visual(pixels), directions)
     return [
@@ -210,6 +243,12 @@ def _maps(
         )
         for k, image in enumerate(images)
     ]
+
+
+def _gloria(encoder: Encoder, pixels: Tensor, keys: Sequence[tuple[tuple[str, ...], tuple[str, ...]]]) -> Tensor:
+    if any(against for _, against in keys):
+        raise InputError("method `gloria` compares words, and cannot set texts against it", hint="leave `against` out")
+    return torch.cat([deciding_word_maps(encoder, pixels[k : k + 1], texts) for k, (texts, _) in enumerate(keys)])
 
 
 def words_of(text: str) -> list[str]:

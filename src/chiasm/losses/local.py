@@ -72,14 +72,28 @@ def attention_similarity(
 
 def _text_similarity(context: Tensor, words: Tensor, pool: str, attention_scale: float, word_scale: float) -> Tensor:
     """Similarities (images,) of regions (images, dim, places) with the words (words, dim) of one text."""
-    shares = (words @ context).softmax(dim=1)  # of each region, among the words
-    attention = (attention_scale * shares).softmax(dim=2)  # of each word, among the regions
+    attention = word_attention(context, words, scale=attention_scale)
     seen = attention @ context.transpose(1, 2)  # (images, words, dim)
     products = (seen * words).sum(2)
     cosines = products / (seen.norm(dim=2) * words.norm(dim=1)).clamp(min=_EPSILON)
     scaled = word_scale * cosines
     pooled: Tensor = scaled.amax(1) if pool == "max" else scaled.logsumexp(1)
     return pooled
+
+
+def word_attention(context: Tensor, words: Tensor, *, scale: float = ATTENTION_SCALE) -> Tensor:
+    """Return how much each word of a text looks at each region: (images, words, places); a word's places sum to 1.
+
+    Args:
+        context: Regions (images, dim, places), not normalised.
+        words: Of one text (words, dim).
+        scale: Multiplies the regions' shares before the softmax over places.
+
+    References:
+        Huang et al. 2021, equation 3, with the softmax over words before it that the published code has.
+    """
+    shares = (words @ context).softmax(dim=1)  # of each region, among the words
+    return (scale * shares).softmax(dim=2)  # of each word, among the regions
 
 
 def peer_word_counts(texts: Sequence[str], slots: int) -> Tensor:
