@@ -1,0 +1,267 @@
+"""How far a clustering agrees with labels or with another clustering, each number beside what chance would give.
+
+Comes in: the cluster of each row (-1: in none), and a label or another clustering. Goes out: frozen numbers with
+intervals by patient.
+
+Notable choices: rows in no cluster count as one cluster of their own, so leaving hard rows out earns nothing. Chance is
+the mean over labels dealt out anew, to whole patients where each has one label: images of one patient resemble each
+other, and would look like agreement otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from chiasm.errors import InputError
+from chiasm.metrics.bootstrap import Clusters
+from chiasm.metrics.labels import as_classes
+from chiasm.types import Interval
+
+Integers = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+#: Scores of an agreement, in the order of tables.
+SCORES = ("ari", "ami", "nmi", "homogeneity", "completeness", "v_measure", "purity")
+#: What the scores are, for readers.
+MEANING = {
+    "ari": "adjusted Rand index: pairs of rows that are together, or apart, on both sides; 0 by chance, 1 the same",
+    "ami": "adjusted mutual information: 0 by chance, 1 the same; kinder than ARI to small classes",
+    "nmi": "normalised mutual information (equal to the V-measure); many clusters make it large by chance",
+    "homogeneity": "1 when every cluster holds one label only; many clusters make it large",
+    "completeness": "1 when every label lies in one cluster only",
+    "v_measure": "harmonic mean of homogeneity and completeness",
+    "purity": "share of rows whose label is the commonest of their cluster; many clusters make it large",
+}
+
+
+@dataclass(frozen=True)
+class ClusterAgreement:
+    """What a clustering tells of a column of labels.
+
+    Attributes:
+        scores: Name (see :data:`SCORES`) to the score with its interval by patient; ``chance`` is its mean over permuted
+            labels, ``n`` the rows that have a label.
+        null_high: Name to the 97.5 % quantile over permuted labels: what only one in forty reaches by chance.
+        p_value: Share of permutations whose ARI reaches the observed one, in (0, 1].
+        permuted: What chance deals labels to: ``patients`` where each has one label, else ``rows``.
+        classes: Labels that occur.
+        clusters: Clusters that occur among labelled rows; rows in no cluster are one of them.
+    """
+
+    scores: Mapping[str, Interval]
+    null_high: Mapping[str, float]
+    p_value: float
+    permuted: str
+    classes: int
+    clusters: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain JSON values."""
+        return {
+            "scores": {k: {**v.to_dict(), "null_high": self.null_high[k]} for k, v in self.scores.items()},
+            "p_value": self.p_value,
+            "permuted": self.permuted,
+            "classes": self.classes,
+            "clusters": self.clusters,
+        }
+
+
+def contingency(first: Integers, second: Integers, weights: Floats | None = None) -> Floats:
+    """Return the table of (weighted) counts of two numberings that start at 0."""
+    if not len(first):
+        return np.zeros((0, 0))
+    shape = (int(first.max()) + 1, int(second.max()) + 1)
+    flat = np.bincount(first * shape[1] + second, weights=weights, minlength=shape[0] * shape[1])
+    return flat.reshape(shape).astype(np.float64)
+
+
+def adjusted_rand(first: ArrayLike, second: ArrayLike, *, weights: ArrayLike | None = None) -> float:
+    """Return the adjusted Rand index of two clusterings of the same rows.
+
+    Args:
+        first: Cluster of each row.
+        second: As ``first``.
+        weights: How often each row was drawn in a resample. A row with its own copy is no pair, or duplicates alone
+            would look like agreement.
+
+    Returns:
+        1 for equal partitions, 0 on average for independent ones; 1 when both are trivial in the same way.
+
+    References:
+        Hubert and Arabie, 1985, Comparing partitions, equation 5, https://doi.org/10.1007/BF01908075.
+    """
+    a, b = _numbered(first, second)
+    w = np.ones(len(a)) if weights is None else np.asarray(weights, dtype=np.float64)
+    return _pair_index(contingency(a, b, w), float((w**2).sum()))
+
+
+def _pair_index(table: Floats, copies: float) -> float:
+    """Return the ARI of a table of weights; ``copies`` is the sum of squared weights of rows."""
+
+    def pairs(counts: Floats) -> float:
+        return max(float((counts**2).sum()) - copies, 0.0) / 2
+
+    both, rows, columns = pairs(table), pairs(table.sum(axis=1)), pairs(table.sum(axis=0))
+    every = (float(table.sum()) ** 2 - copies) / 2
+    if every <= 0:
+        return 1.0
+    expected, largest = rows * columns / every, (rows + columns) / 2
+    return 1.0 if math.isclose(largest, expected, abs_tol=1e-12) else (both - expected) / (largest - expected)
+
+
+def information_scores(table: Floats) -> dict[str, float]:
+    """Return NMI, homogeneity, completeness, V-measure and purity of a table of clusters (rows) and labels (columns).
+
+    One class or one cluster: homogeneity or completeness is 1, as scikit-learn has it.
+
+    References:
+        Rosenberg and Hirschberg, 2007, V-measure, https://aclanthology.org/D07-1043.
+    """
+    joint = table / table.sum()
+    of_clusters, of_labels = _entropy(joint.sum(axis=1)), _entropy(joint.sum(axis=0))
+    mutual = max(of_clusters + of_labels - _entropy(joint.ravel()), 0.0)
+    homogeneity = mutual / of_labels if of_labels > 0 else 1.0
+    completeness = mutual / of_clusters if of_clusters > 0 else 1.0
+    total = homogeneity + completeness
+    v_measure = 2 * homogeneity * completeness / total if total > 0 else 0.0
+    purity = float(joint.max(axis=1).sum())
+    return {
+        "nmi": v_measure,
+        "homogeneity": homogeneity,
+        "completeness": completeness,
+        "v_measure": v_measure,
+        "purity": purity,
+    }
+
+
+def cluster_agreement(
+    clusters: ArrayLike,
+    labels: Sequence[Any],
+    *,
+    groups: Sequence[Hashable] | None = None,
+    n_resamples: int = 400,
+    permutations: int = 200,
+    seed: int = 0,
+) -> ClusterAgreement:
+    """Compare a clustering with labels that it never saw.
+
+    Args:
+        clusters: Cluster of each row; -1 (in none) counts as one cluster of its own.
+        labels: One per row; None is left out.
+        groups: Patient of each row.
+        n_resamples: Of the intervals; whole patients are drawn.
+        permutations: Of chance.
+        seed: Of both.
+
+    Raises:
+        InputError: Lengths differ, or fewer than two rows have a label.
+    """
+    given = np.asarray(clusters)
+    (classes,) = as_classes(labels)
+    if given.shape != classes.shape or (groups is not None and len(groups) != len(given)):
+        raise InputError(f"{len(given)} rows have {len(classes)} labels")
+    keep = classes >= 0
+    if keep.sum() < 2:
+        raise InputError(f"{int(keep.sum())} rows have a label; agreement needs two")
+    a, b = _numbered(given[keep], classes[keep])
+    names = np.asarray([str(g) for g in groups])[keep] if groups is not None else np.arange(len(a)).astype(str)
+    drawn = Clusters(names)
+    value = _scores(a, b, np.ones(len(a)))
+    draws = [_scores(a, b, w) for block in drawn.weights(n_resamples, seed) for w in block] if drawn.count > 1 else []
+    null, permuted = _permuted(a, b, drawn.of_row, permutations, seed)
+    intervals = {}
+    for name in SCORES:
+        low, high = np.quantile([d[name] for d in draws], (0.025, 0.975)) if draws else (math.nan, math.nan)
+        chance = float(np.mean([d[name] for d in null]))
+        intervals[name] = Interval(value[name], float(low), float(high), len(a), chance)
+    reached = sum(d["ari"] >= value["ari"] - 1e-12 for d in null)
+    return ClusterAgreement(
+        intervals,
+        {name: float(np.quantile([d[name] for d in null], 0.975)) for name in SCORES},
+        (1 + reached) / (permutations + 1),
+        permuted,
+        int(b.max()) + 1,
+        int(a.max()) + 1,
+    )
+
+
+def jaccard_by_cluster(reference: ArrayLike, other: ArrayLike) -> Floats:
+    """Return how well each cluster of a reference is found again in another clustering of the same rows.
+
+    Args:
+        reference: Cluster of each row, -1 for none; clusters are numbered from 0.
+        other: As ``reference``; its numbers need not agree.
+
+    Returns:
+        For each cluster the largest Jaccard index with a cluster of ``other``, in [0, 1]; NaN for a cluster without a
+        row here. Rows in no cluster form no cluster.
+
+    References:
+        Hennig, 2007, Cluster-wise assessment of cluster stability, https://doi.org/10.1016/j.csda.2006.11.025.
+    """
+    a, b = np.asarray(reference), np.asarray(other)
+    _check_equal(a, b)
+    count = int(a.max(initial=-1)) + 1
+    sizes = np.bincount(a[a >= 0], minlength=count).astype(np.float64)
+    best = np.where(sizes > 0, 0.0, np.nan)
+    names, numbers = np.unique(b[b >= 0], return_inverse=True)
+    if count and len(names):
+        others = np.bincount(numbers, minlength=len(names))
+        compact = np.full(len(b), -1)
+        compact[b >= 0] = numbers
+        rows = (a >= 0) & (b >= 0)
+        flat = np.bincount(a[rows] * len(names) + compact[rows], minlength=count * len(names))
+        both = flat.reshape(count, len(names))
+        union = sizes[:, None] + others[None, :] - both
+        best = np.where(sizes > 0, (both / np.maximum(union, 1)).max(axis=1), np.nan)
+    return best
+
+
+def _scores(a: Integers, b: Integers, weights: Floats) -> dict[str, float]:
+    from sklearn.metrics import adjusted_mutual_info_score
+
+    table = contingency(a, b, weights)
+    times = weights.astype(np.int64)
+    return {
+        "ari": _pair_index(table, float((weights**2).sum())),
+        "ami": float(adjusted_mutual_info_score(np.repeat(a, times), np.repeat(b, times))),
+        **information_scores(table),
+    }
+
+
+def _permuted(
+    a: Integers, b: Integers, group: NDArray[np.intp], permutations: int, seed: int
+) -> tuple[list[dict[str, float]], str]:
+    """Return the scores under labels dealt out anew."""
+    first = np.zeros(int(group.max()) + 1, dtype=np.int64)
+    first[group[::-1]] = b[::-1]
+    whole = bool((first[group] == b).all())
+    random = np.random.default_rng(seed)
+    ones = np.ones(len(a))
+    null = [
+        _scores(a, random.permutation(first)[group] if whole else random.permutation(b), ones)
+        for _ in range(permutations)
+    ]
+    return null, "patients" if whole and len(first) < len(b) else "rows"
+
+
+def _numbered(first: ArrayLike, second: ArrayLike) -> tuple[Integers, Integers]:
+    a, b = np.asarray(first), np.asarray(second)
+    _check_equal(a, b)
+    return np.unique(a, return_inverse=True)[1].astype(np.int64), np.unique(b, return_inverse=True)[1].astype(np.int64)
+
+
+def _check_equal(a: NDArray[Any], b: NDArray[Any]) -> None:
+    if a.ndim != 1 or a.shape != b.shape:
+        raise InputError(f"two clusterings must have one entry a row each, got shapes {a.shape} and {b.shape}")
+
+
+def _entropy(shares: Floats) -> float:
+    shares = shares[shares > 0]
+    return max(float(-(shares * np.log(shares)).sum()), 0.0)
