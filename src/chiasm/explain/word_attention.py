@@ -51,7 +51,7 @@ def word_maps(
     with quiet(encoder.model), torch.inference_mode():
         pixels = image_batch(encoder, [image])
         regions, words = _features(encoder, visual, tower, pixels, text)
-        found = word_attention(regions.flatten(2), words, scale=attention_scale).unflatten(2, regions.shape[2:])[0]
+        found = word_attention(regions.flatten(2), words, scale=attention_scale)[0].view(-1, *regions.shape[2:])
         cosine = float(scores(encoder.model.image_side()(pixels), text_direction(encoder, text)[None])[0])
     names = _word_names(encoder, text)
     return tuple(
@@ -93,7 +93,7 @@ def deciding_word_maps(encoder: Encoder, pixels: Tensor, texts: Sequence[str]) -
             seen = attention @ regions.flatten(2).transpose(1, 2)
             best = F.cosine_similarity(seen, words[None], dim=2).argmax(1)
             chosen = attention[torch.arange(len(attention), device=best.device), best]
-            maps.append(chosen.unflatten(1, regions.shape[2:]))
+            maps.append(chosen.view(-1, *regions.shape[2:]))
         return torch.stack(maps).mean(0)
 
 
