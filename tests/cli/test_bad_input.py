@@ -320,7 +320,7 @@ def test_stores_that_do_not_fit_the_question(chiasm: Run, model_dir: Path, ten_r
     chiasm("embed", ten_rows, "--out", store, "--model", model_dir, "--modality", "image")
     words = ("retrieval", "a film", "--store", store, "--model", model_dir)
     check_message(chiasm(*words, "--answers", "text", code=1), "store `store` holds no texts")
-    check_message(chiasm(*words, "--split", "test", code=1), "are for tables", hint=False)
+    check_message(chiasm(*words, "--drop-text", "x", code=1), "is for tables", hint=False)
     check_message(chiasm("retrieval", "a", "--store", tmp_path / "no", "--model", model_dir, code=1), "`no`")
     chiasm("embed", ten_rows, "--out", store, "--model", model_dir)
     assert chiasm("retrieval", "--store", store, "--json")["text_to_image"]["n_queries"] == 10, "needs no model"

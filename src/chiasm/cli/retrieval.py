@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
-from chiasm.cli.inputs import ColumnOption, DropTextOption, GroupOption, RootOption, SplitOption, TableOption
+from chiasm.cli.inputs import (
+    ColumnOption,
+    DropTextOption,
+    GroupOption,
+    RootOption,
+    SplitOption,
+    TableOption,
+    open_table,
+    select_rows,
+    without_texts,
+)
 from chiasm.cli.output import (
     BatchOption,
     CodeOption,
@@ -21,6 +35,7 @@ from chiasm.cli.output import (
     print_json,
     print_table,
 )
+from chiasm.cli.vectors import PageOption, StoreOption, open_vectors
 from chiasm.errors import InputError
 from chiasm.types import Sample
 
@@ -31,7 +46,14 @@ if TYPE_CHECKING:
     from chiasm.io.manifest import RejectLog
     from chiasm.types import Embeddings
 
-    Corpus = Callable[[Literal["image", "text"]], Embeddings]
+
+class Corpus(Protocol):
+    """Rows of one side, ``image`` or ``text``."""
+
+    def __call__(self, *, side: Any) -> Embeddings:
+        """Return them."""
+        ...
+
 
 #: Letters of a text that the table of answers shows.
 SHOWN_LETTERS = 70
@@ -43,9 +65,7 @@ def run(
     ] = None,
     model: ModelOption = "",
     table: TableOption = None,
-    store: Annotated[
-        Path | None, typer.Option("--store", help="Search what `chiasm embed` or clip-retrieval wrote.")
-    ] = None,
+    store: StoreOption = None,
     split: SplitOption = None,
     group: GroupOption = None,
     column: ColumnOption = None,
@@ -53,6 +73,24 @@ def run(
     drop_text: DropTextOption = None,
     top: Annotated[int, typer.Option("--top", "-k", min=1, help="Answers per query.")] = 5,
     answers: Annotated[str, typer.Option("--answers", help="Search among: image, text.")] = "image",
+    direction: Annotated[
+        list[str] | None,
+        typer.Option("--direction", help="What to measure: text-image, image-text, image-image, text-text, or all."),
+    ] = None,
+    same: Annotated[
+        str, typer.Option("--same", help="What makes an answer right: pair, text, case; several with commas.")
+    ] = "pair,text",
+    relevant_by: Annotated[
+        str | None,
+        typer.Option(
+            "--relevant-by", help="Label column that makes an answer right instead; several 0/1 columns with commas."
+        ),
+    ] = None,
+    exclude: Annotated[
+        str | None, typer.Option("--exclude", help="What a query may not find: none, self, patient.")
+    ] = None,
+    out: PageOption = None,
+    examples: Annotated[int, typer.Option("--examples", min=0, help="Queries that the page shows with answers.")] = 0,
     device: DeviceOption = "cpu",
     batch_size: BatchOption = 32,
     seed: SeedOption = 0,
@@ -60,53 +98,130 @@ def run(
     allow_code: CodeOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Search when there is a query; otherwise score both directions on the pairs."""
-    from chiasm.cli.inputs import load_encoder, open_table, say_rejected, select_rows, without_texts
-    from chiasm.evaluate.search_scores import score_retrieval
+    """Search when there is a query; otherwise score the directions of search."""
+    from chiasm.cli.inputs import load_encoder
     from chiasm.io.manifest import RejectLog
-    from chiasm.tasks.retrieval import search
 
     if bool(table) == bool(store):
         raise InputError("give --table or --store, one of the two", hint="`chiasm embed` makes a store of a table")
-    if store is not None and (split or group or column or root or drop_text):
-        raise InputError("--split, --group, --column, --root and --drop-text are for tables, not for a store")
     if answers not in ("image", "text"):
         raise InputError(f"--answers must be image or text, got `{answers}`")
-    side: Literal["image", "text"] = "image" if answers == "image" else "text"
     if not all(q.strip() for q in query or ()):
         raise InputError("a query is empty", hint="write what to look for, or leave it out to measure")
-    rejects = RejectLog()
     encoder = None
     if query or store is None:  # a store can be measured without its model
         encoder = load_encoder(model, device=device, family=family, allow_code=allow_code)
+    rejects = RejectLog()
     corpus: Corpus
     if store is not None:
-        corpus = _stored(store, encoder)
+        if drop_text:
+            raise InputError("--drop-text is for tables, not for a store")
+        corpus = partial(
+            open_vectors, store=store, table=None, split=split, group=group, column=column, root=root, encoder=encoder
+        )
     else:
         assert table is not None
         assert encoder is not None
-        dataset = open_table(table, group=group, columns=column, root=root, require=(side,) if query else None)
+        require = (answers,) if query else _sides(direction)
+        dataset = open_table(table, group=group, columns=column, root=root, require=require)  # type: ignore[arg-type]
         rejects = RejectLog(dataset.rejected)
         samples = without_texts(select_rows(dataset.samples, split), drop_text)
         corpus = _embedded(encoder, samples, batch_size, as_json=as_json, rejects=rejects)
     if query:
         assert encoder is not None
-        found = search(_embed_queries(encoder, query), corpus(side), k=top)
-        if as_json:
-            print_json({**found.to_dict(), "rejected": len(rejects), "reasons": rejects.counts()})
-            return
-        for i, words in enumerate(query):
-            rows = [(k + 1, f"{score:.3f}", _shown(found.texts, i, k, name, side)) for k, (name, score) in
-                    enumerate(found.answers(i))]  # fmt: skip
-            print_table(("rank", "cosine", side), rows, title=words)
-        say_rejected(rejects)
+        _search(encoder, query, corpus, answers, top=top, as_json=as_json, rejects=rejects)
         return
-    scores = score_retrieval(corpus("image"), corpus("text"), seed=seed)
+    wanted = Wanted(tuple(direction or ("all",)), same, relevant_by, exclude, seed, examples)
+    _measure(cache(lambda side: corpus(side=side)), wanted, out, as_json=as_json, rejects=rejects)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What of the command line says how to measure."""
+
+    directions: tuple[str, ...]
+    same: str
+    relevant_by: str | None
+    exclude: str | None
+    seed: int
+    examples: int
+
+    def settings(self) -> dict[str, Any]:
+        """Return what can change a number."""
+        kept = {"directions": ", ".join(self.directions), "exclude": self.exclude or "by direction"}
+        return kept | ({"relevant by": self.relevant_by} if self.relevant_by else {"same": self.same})
+
+
+def _sides(direction: Sequence[str] | None) -> tuple[str, ...] | None:
+    """Return what a row of a table must have: None asks for whatever the table has columns for."""
+    words = {word for name in direction or () for word in name.replace("_to_", "-").split("-")}
+    return tuple(sorted(words)) if len(words) == 1 and words <= {"image", "text"} else None
+
+
+def _search(
+    encoder: Encoder, query: Sequence[str], corpus: Corpus, answers: str, *, top: int, as_json: bool, rejects: RejectLog
+) -> None:
+    from chiasm.cli.inputs import say_rejected
+    from chiasm.tasks.retrieval import search
+
+    found = search(_embed_queries(encoder, query), corpus(side=answers), k=top)
     if as_json:
-        print_json({**scores.to_dict(), "rejected": len(rejects), "reasons": rejects.counts()})
-    else:
-        print_table(("measure", "value [95 % interval]", "n", "chance", "majority"), scores.table())
-        say_rejected(rejects)
+        print_json({**found.to_dict(), "rejected": len(rejects), "reasons": rejects.counts()})
+        return
+    for i, words in enumerate(query):
+        rows = [(k + 1, f"{score:.3f}", _shown(found.texts, i, k, name, answers)) for k, (name, score) in
+                enumerate(found.answers(i))]  # fmt: skip
+        print_table(("rank", "cosine", answers), rows, title=words)
+    say_rejected(rejects)
+
+
+def _measure(
+    sides: Callable[[str], Embeddings], wanted: Wanted, out: Path | None, *, as_json: bool, rejects: RejectLog
+) -> None:
+    from chiasm.cli.inputs import say_rejected
+    from chiasm.evaluate.run_card import make_run_card
+    from chiasm.evaluate.search_scores import DIRECTIONS, score_search
+
+    began = time.monotonic()
+    names: tuple[str, ...] = tuple(n.replace("-", "_to_") if "_to_" not in n else n for n in wanted.directions)
+    if names == ("all",):
+        names = tuple(DIRECTIONS)
+        if wanted.relevant_by or "case" in wanted.same:  # images alone, or texts alone, can be measured
+            names = tuple(n for n, pair in DIRECTIONS.items() if all(_has(sides, side) for side in pair)) or names[:1]
+    scores = score_search(
+        sides,
+        directions=names,
+        same=tuple(word.strip() for word in wanted.same.split(",")),
+        relevant_by=tuple(word.strip() for word in (wanted.relevant_by or "").split(",") if word.strip()),
+        exclude=wanted.exclude,
+        seed=wanted.seed,
+    )
+    used = {side: sides(side) for side in dict.fromkeys(s for n in scores.directions for s in DIRECTIONS[n])}
+    card = make_run_card(
+        "chiasm retrieval", used, seed=wanted.seed, settings=wanted.settings(), seconds=time.monotonic() - began
+    )
+    if out is not None:
+        from chiasm.evaluate.page import save_page
+        from chiasm.evaluate.retrieval_page import make_retrieval_page
+
+        save_page(make_retrieval_page(scores, sides, card, examples=wanted.examples), out)
+    if as_json:
+        counts = {"rejected": len(rejects), "reasons": rejects.counts()}
+        print_json({**scores.to_dict(), **counts, "run_card": card.to_dict()})
+        return
+    print_table(("measure", "value [95 % interval]", "n", "chance", "majority"), scores.table())
+    for name, reason in scores.left_out.items():
+        print(f"note: {name.replace('_to_', ' → ')} was left out: {reason}", file=sys.stderr)
+    say_rejected(rejects)
+    if out is not None:
+        print(f"page: {out}")
+
+
+def _has(sides: Callable[[str], Embeddings], side: str) -> bool:
+    try:
+        return len(sides(side)) > 0
+    except InputError:
+        return False
 
 
 def _shown(texts: Sequence[Sequence[str | None]] | None, query: int, rank: int, name: str, side: str) -> str:
@@ -118,33 +233,12 @@ def _shown(texts: Sequence[Sequence[str | None]] | None, query: int, rank: int, 
     return plain if len(plain) <= SHOWN_LETTERS else plain[: SHOWN_LETTERS - 1] + "…"
 
 
-def _stored(store: Path, encoder: Encoder | None) -> Corpus:
-    from chiasm.io.clip_retrieval import is_clip_retrieval, read_clip_retrieval
-    from chiasm.io.store import open_store
-
-    def corpus(side: Literal["image", "text"]) -> Embeddings:
-        found: Embeddings | None
-        if is_clip_retrieval(store):
-            # Such a folder may not say who made it: then it is taken as the model's.
-            folder = read_clip_retrieval(store, space=None if encoder is None else encoder.space)
-            found = folder.images if side == "image" else folder.texts
-        else:
-            found = open_store(store).read(side)
-        if found is None or not len(found):
-            raise InputError(
-                f"store `{store.name}` holds no {side}s", hint=f"add them: `chiasm embed --modality {side}`"
-            )
-        return found
-
-    return corpus
-
-
 def _embedded(
     encoder: Encoder, samples: Sequence[Sample], batch_size: int, *, as_json: bool, rejects: RejectLog
 ) -> Corpus:
     from chiasm.embed import embed_images, embed_texts
 
-    def corpus(side: Literal["image", "text"]) -> Embeddings:
+    def corpus(*, side: Any) -> Embeddings:
         progress = make_progress(as_json, unit="rows")
         if side == "image":
             return embed_images(encoder, samples, batch_size=batch_size, rejects=rejects, progress=progress)

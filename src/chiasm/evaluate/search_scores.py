@@ -1,27 +1,52 @@
-"""Embeddings of pairs to retrieval scores: recall at K and median rank, both ways, beside chance.
+"""Embeddings to retrieval scores: recall, average precision, nDCG and ranks, in all four directions, beside chance.
 
 Medical sets repeat themselves: many images share one caption, one study has several images. A strict one-to-one scoring
 would call a right answer wrong, so an answer counts when ANY of its keys (its own pair, the same caption, the same case)
-equals the query's. Equal scores share their expected rank, so a model that says one thing is reported near chance.
+equals the query's, or when it has the query's label. Equal scores share their expected rank, so a model that says one
+thing is reported near chance. Within one modality a query never finds itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from chiasm.errors import InputError, UnknownName
-from chiasm.metrics.retrieval import chance_recall_at_k, median_rank_interval, ranks_of_relevant, recall_interval
+from chiasm.evaluate.search_relevance import (
+    KeyColumns,
+    Relevance,
+    relevant_by_keys,
+    relevant_by_labels,
+    same_keys,
+    same_words,
+)
+from chiasm.metrics.ranking import average_precision, chance_reciprocal_rank, ndcg
+from chiasm.metrics.retrieval import (
+    chance_recall_at_k,
+    mean_interval,
+    median_rank_interval,
+    ranks_of_relevant,
+    recall_at_k,
+    recall_interval,
+)
 from chiasm.tasks.zero_shot import unit_vectors
 from chiasm.types import Embeddings, Interval, check_same_space
 
-KeyColumns = Mapping[str, tuple[Sequence[str | None], Sequence[str | None]]]
-
-_BLOCK_VALUES = 2**23
+#: What can search what: name -> (queries, corpus).
+DIRECTIONS: Mapping[str, tuple[str, str]] = {
+    "text_to_image": ("text", "image"),
+    "image_to_text": ("image", "text"),
+    "image_to_image": ("image", "image"),
+    "text_to_text": ("text", "text"),
+}
+KS = (1, 5, 10)
+NDCG_DEPTH = 10
+_BLOCK_VALUES = 2**20
+_MEASURES = ("average_precision", "average_precision_at_r", "ndcg")
 
 
 @dataclass(frozen=True)
@@ -37,6 +62,15 @@ class DirectionScores:
         corpus_size: Rows that were searched.
         majority: K to the recall of giving every query the same K rows: those that, one after the other, serve most
             queries, chosen with the truth at hand.
+        mean_reciprocal_rank: Mean of 1 / rank of the first right answer.
+        average_precision: mAP over the whole ranking.
+        average_precision_at_r: mAP@R: as far as a query has right answers.
+        ndcg: Of the first 10; what an answer is worth may be graded.
+        constant: Measure to its value where every query gets one and the same ranking: the rows by what they are worth
+            to all queries together, with the truth at hand.
+        exclude: What a query may not find: ``none``, ``self``, ``patient``.
+        right_answers: Mean number of right answers a query.
+        ranks: Rank of the first right answer of each query that has one.
     """
 
     recall: Mapping[int, Interval]
@@ -45,6 +79,14 @@ class DirectionScores:
     n_unanswerable: int
     corpus_size: int
     majority: Mapping[int, float]
+    mean_reciprocal_rank: Interval
+    average_precision: Interval
+    average_precision_at_r: Interval
+    ndcg: Interval
+    constant: Mapping[str, float]
+    exclude: str
+    right_answers: float
+    ranks: NDArray[np.float64] = field(repr=False)
 
     def recall_at(self, k: int) -> Interval:
         """Return the recall at one depth; one that was not scored raises ``UnknownName``."""
@@ -67,49 +109,90 @@ class DirectionScores:
         """Share of queries with a right answer among ten."""
         return self.recall_at(10)
 
+    def measures(self) -> dict[str, tuple[Interval, float | None]]:
+        """Return printed name -> (value, value of the best constant ranking)."""
+        return {
+            **{f"R@{k}": (value, self.majority[k]) for k, value in self.recall.items()},
+            "mAP": (self.average_precision, self.constant["average_precision"]),
+            "mAP@R": (self.average_precision_at_r, self.constant["average_precision_at_r"]),
+            f"nDCG@{NDCG_DEPTH}": (self.ndcg, self.constant["ndcg"]),
+            "MRR": (self.mean_reciprocal_rank, self.constant["mean_reciprocal_rank"]),
+            "median rank": (self.median_rank, None),
+        }
+
     def to_dict(self) -> dict[str, Any]:
-        """Return ``recall_at_K`` and ``median_rank`` as ``{"value", "low", "high", "n", "chance"}``, and the counts."""
+        """Return each measure as ``{"value", "low", "high", "n", "chance"}``, the baselines and the counts."""
         return {
             "majority": {f"recall_at_{k}": value for k, value in self.majority.items()},
             **{f"recall_at_{k}": value.to_dict() for k, value in self.recall.items()},
+            "mean_average_precision": self.average_precision.to_dict(),
+            "mean_average_precision_at_r": self.average_precision_at_r.to_dict(),
+            f"ndcg_at_{NDCG_DEPTH}": self.ndcg.to_dict(),
+            "mean_reciprocal_rank": self.mean_reciprocal_rank.to_dict(),
             "median_rank": self.median_rank.to_dict(),
+            "constant": dict(self.constant),
+            "exclude": self.exclude,
             "n_queries": self.n_queries,
             "n_unanswerable": self.n_unanswerable,
             "corpus_size": self.corpus_size,
+            "right_answers": self.right_answers,
         }
 
 
 @dataclass(frozen=True)
-class RetrievalScores:
-    """Both directions of search between images and texts.
+class SearchScores:
+    """Several directions of search, measured in one way.
 
     Attributes:
-        text_to_image: A text looks for its image.
-        image_to_text: An image looks for its text.
-        keys: Names of the keys that could make an answer right.
+        directions: Name (``text_to_image``) -> scores.
+        keys: Names of the keys, or of the label columns, that could make an answer right.
+        graded: Whether an answer can be right in part.
+        left_out: Direction -> why it was not measured.
     """
 
-    text_to_image: DirectionScores
-    image_to_text: DirectionScores
+    directions: Mapping[str, DirectionScores]
     keys: tuple[str, ...]
+    graded: bool = False
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     def table(self) -> list[tuple[str, str, str, str, str]]:
         """Return rows of text for print: measure, value with interval, n, chance, majority."""
         rows = []
-        for name, scores in (("text → image", self.text_to_image), ("image → text", self.image_to_text)):
-            measures = {f"R@{k}": (v, f"{scores.majority[k]:.3f}") for k, v in scores.recall.items()}
-            for measure, (value, majority) in {**measures, "median rank": (scores.median_rank, "-")}.items():
+        for name, scores in self.directions.items():
+            for measure, (value, constant) in scores.measures().items():
                 chance = "-" if value.chance is None else f"{value.chance:.3f}"
-                rows.append((f"{name} {measure}", str(value), str(value.n), chance, majority))
+                rest = "-" if constant is None else f"{constant:.3f}"
+                rows.append((f"{arrow(name)} {measure}", str(value), str(value.n), chance, rest))
         return rows
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return {
-            "text_to_image": self.text_to_image.to_dict(),
-            "image_to_text": self.image_to_text.to_dict(),
+            **{name: scores.to_dict() for name, scores in self.directions.items()},
             "keys": list(self.keys),
+            "graded": self.graded,
+            "left_out": dict(self.left_out),
         }
+
+
+@dataclass(frozen=True)
+class RetrievalScores(SearchScores):
+    """Both directions of search between images and texts."""
+
+    @property
+    def text_to_image(self) -> DirectionScores:
+        """A text looks for its image."""
+        return self.directions["text_to_image"]
+
+    @property
+    def image_to_text(self) -> DirectionScores:
+        """An image looks for its text."""
+        return self.directions["image_to_text"]
+
+
+def arrow(direction: str) -> str:
+    """Return ``text → image`` for ``text_to_image``."""
+    return direction.replace("_to_", " → ")
 
 
 def score_retrieval(
@@ -117,7 +200,7 @@ def score_retrieval(
     texts: Embeddings,
     *,
     keys: KeyColumns | None = None,
-    ks: Sequence[int] = (1, 5, 10),
+    ks: Sequence[int] = KS,
     n_resamples: int = 1000,
     seed: int = 0,
 ) -> RetrievalScores:
@@ -138,28 +221,18 @@ def score_retrieval(
         InputError: When a key column has the wrong length, or no query has a right answer.
     """
     check_same_space(images, texts)
-    if not ks or min(ks) < 1:
-        raise InputError(f"depths of recall must be at least 1, got {list(ks)}")
     if images.modality != "image" or texts.modality != "text":
         raise InputError(f"expected images and texts, got {images.modality} and {texts.modality} embeddings")
     columns = keys if keys is not None else default_keys(images, texts)
-    codes = [_codes(name, pair, len(images), len(texts)) for name, pair in columns.items()]
-    image_vectors, text_vectors = unit_vectors(images, "image"), unit_vectors(texts, "text")
-
-    def direction(queries: Embeddings, flip: bool) -> DirectionScores:
-        pairs = [(t, i) if flip else (i, t) for i, t in codes]
-        a, b = (text_vectors, image_vectors) if flip else (image_vectors, text_vectors)
-        ranks, right = best_ranks(a, b, pairs)
-        if not right.any():
-            raise InputError(
-                "no query has a right answer among the rows",
-                hint="images and texts need equal ids, or pass `keys` that say what belongs together",
-            )
-        options = {"n_resamples": n_resamples, "seed": seed}
-        majority = constant_recall(pairs, right, ks)
-        return _direction_scores(ranks, right, queries.groups, len(b), majority=majority, options=options)
-
-    return RetrievalScores(direction(texts, True), direction(images, False), tuple(columns))
+    flipped = {name: (b, a) for name, (a, b) in columns.items()}
+    found = {}
+    for name, queries, corpus, pairs in (
+        ("text_to_image", texts, images, flipped),
+        ("image_to_text", images, texts, columns),
+    ):
+        relevance = relevant_by_keys(queries, corpus, pairs)
+        found[name] = score_direction(queries, corpus, relevance, ks=ks, n_resamples=n_resamples, seed=seed)
+    return RetrievalScores(found, tuple(columns))
 
 
 def default_keys(images: Embeddings, texts: Embeddings) -> KeyColumns:
@@ -169,106 +242,237 @@ def default_keys(images: Embeddings, texts: Embeddings) -> KeyColumns:
         by_id = dict(zip(texts.ids, texts.texts, strict=True))
         own: Sequence[str | None] = images.texts if images.texts is not None else (None,) * len(images)
         captions = [text if text is not None else by_id.get(name) for name, text in zip(images.ids, own, strict=True)]
-        columns["caption"] = ([_same_words(t) for t in captions], [_same_words(t) for t in texts.texts])
+        columns["caption"] = ([same_words(t) for t in captions], [same_words(t) for t in texts.texts])
     return columns
 
 
-def _same_words(text: str | None) -> str | None:
-    return " ".join(text.casefold().split()) if text and text.strip() else None
+def score_search(
+    sides: Callable[[str], Embeddings],
+    *,
+    directions: Sequence[str] = tuple(DIRECTIONS),
+    same: Sequence[str] = ("pair", "text"),
+    relevant_by: Sequence[str] = (),
+    exclude: str | None = None,
+    ks: Sequence[int] = KS,
+    n_resamples: int = 1000,
+    seed: int = 0,
+) -> SearchScores:
+    """Score any of the four directions.
+
+    Args:
+        sides: ``image`` or ``text`` -> embeddings; asked only for what a direction needs.
+        directions: Of ``DIRECTIONS``.
+        same: What makes rows belong together: ``pair``, ``text``, ``case``.
+        relevant_by: Label columns in place of ``same``; see :func:`~chiasm.evaluate.search_relevance.relevant_by_labels`.
+        exclude: What a query may not find. None: nothing across modalities; within one its own row, and its own patient
+            where labels decide (a neighbour film of one patient is no find).
+        ks: Depths of recall.
+        n_resamples: Bootstrap samples per interval.
+        seed: Of the bootstrap.
+
+    Returns:
+        The directions in which some query has a right answer; the others are named in ``left_out``.
+
+    Raises:
+        UnknownName: A direction, a column or a word of ``same`` is unknown.
+        InputError: No direction has a query with a right answer.
+    """
+    found: dict[str, DirectionScores] = {}
+    left_out: dict[str, str] = {}
+    names: dict[str, None] = {}
+    graded = False
+    for name in directions:
+        if name not in DIRECTIONS:
+            raise UnknownName("direction", name, DIRECTIONS, hint=f"one of: {', '.join(DIRECTIONS)}")
+        of_queries, of_corpus = DIRECTIONS[name]
+        queries, corpus = sides(of_queries), sides(of_corpus)
+        alone = "none" if of_queries != of_corpus else ("patient" if relevant_by else "self")
+        rule = exclude or alone
+        if relevant_by:
+            relevance = relevant_by_labels(queries, corpus, relevant_by, exclude=rule)
+        else:
+            keys = same_keys(queries, corpus, [w for w in same if name != "text_to_text" or w != "text"])
+            if not keys:
+                left_out[name] = "the same text always finds itself"
+                continue
+            relevance = relevant_by_keys(queries, corpus, keys, exclude=rule)
+        names.update(dict.fromkeys(relevance.names))
+        graded = graded or relevance.graded
+        try:
+            found[name] = score_direction(
+                queries, corpus, relevance, exclude=rule, ks=ks, n_resamples=n_resamples, seed=seed
+            )
+        except NoRightAnswer as none:
+            left_out[name] = none.message + (", which may not be its own row" if rule != "none" else "")
+    if not found:
+        raise NoRightAnswer
+    return SearchScores(found, tuple(names), graded, left_out)
 
 
-def _codes(
-    name: str, pair: tuple[Sequence[str | None], Sequence[str | None]], n_images: int, n_texts: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return a number per key; -1 on the image side and -2 on the text side for "none", so they never agree."""
-    of_images, of_texts = pair
-    if len(of_images) != n_images or len(of_texts) != n_texts:
-        raise InputError(
-            f"key `{name}` has {len(of_images)} and {len(of_texts)} values for {n_images} images and {n_texts} texts"
+class NoRightAnswer(InputError):
+    """No query of a direction has a right answer."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "no query has a right answer among the rows",
+            hint="images and texts need equal ids, or pass `keys` (on the command line --relevant-by) that say what "
+            "belongs together",
         )
-    number = {key: k for k, key in enumerate(dict.fromkeys([*of_images, *of_texts])) if key is not None}
-    return (
-        np.asarray([-1 if key is None else number[key] for key in of_images], dtype=np.int64),
-        np.asarray([-2 if key is None else number[key] for key in of_texts], dtype=np.int64),
-    )
+
+
+def score_direction(
+    queries: Embeddings,
+    corpus: Embeddings,
+    relevance: Relevance,
+    *,
+    exclude: str = "none",
+    ks: Sequence[int] = KS,
+    n_resamples: int = 1000,
+    seed: int = 0,
+) -> DirectionScores:
+    """Score one direction of search.
+
+    Args:
+        queries: Rows that search; their ``groups`` are drawn by the bootstrap.
+        corpus: Rows that are searched.
+        relevance: What is right.
+        exclude: Its name in the result.
+        ks: Depths of recall.
+        n_resamples: Bootstrap samples per interval.
+        seed: Of the bootstrap.
+
+    Raises:
+        SpaceMismatch: When the two sides come from two spaces.
+        NoRightAnswer: No query has a right answer.
+        InputError: Depths below 1.
+    """
+    check_same_space(queries, corpus)
+    if not ks or min(ks) < 1:
+        raise InputError(f"depths of recall must be at least 1, got {list(ks)}")
+    a, b = unit_vectors(queries, "query"), unit_vectors(corpus, "corpus")
+    right, allowed, worth = count_answers(relevance, len(a))
+    known = right > 0
+    if not known.any():
+        raise NoRightAnswer
+    values = _measure(relevance, len(a), lambda rows: a[rows] @ b.T)
+    constant = _measure(relevance, len(a), lambda rows: np.broadcast_to(worth, (len(rows), len(worth))).copy())
+    chance = _measure(relevance, len(a), lambda rows: np.zeros((len(rows), len(worth))))
+    majority = constant_recall(relevance, right, ks)
+    ranks, groups, options = values["ranks"], queries.groups, {"n_resamples": n_resamples, "seed": seed}
+    sizes = np.stack([allowed[known], right[known]], axis=1)
+    kinds, of_kind = np.unique(sizes, axis=0, return_counts=True)
+
+    def by_chance(one: Callable[[int, int], float]) -> float:
+        return float(np.average([one(int(n), int(r)) for n, r in kinds], weights=of_kind))
+
+    def mean(name: str) -> Interval:
+        return mean_interval(values[name], groups, chance=float(np.nanmean(chance[name])), **options)
+
+    expected = (sizes[:, 0] + 1) / (sizes[:, 1] + 1)  # mean of the least of r ranks drawn from 1..n
+    reciprocal = mean_interval(1 / ranks, groups, chance=by_chance(chance_reciprocal_rank), **options)
+    baselines = {name: float(np.nanmean(constant[name])) for name in _MEASURES}
+    return DirectionScores(
+        {
+            k: recall_interval(
+                ranks, k, groups, chance=by_chance(lambda n, r, k=k: chance_recall_at_k(n, k, r)), **options  # type: ignore[misc]
+            )
+            for k in ks
+        },
+        median_rank_interval(ranks, groups, chance=float(np.median(expected)), **options),
+        int(known.sum()),
+        int((~known).sum()),
+        len(b),
+        majority,
+        reciprocal,
+        *(mean(name) for name in _MEASURES),
+        {**baselines, "mean_reciprocal_rank": float(np.nanmean(1 / constant["ranks"]))},
+        exclude,
+        float(right[known].mean()),
+        ranks[known],
+    )  # fmt: skip
+
+
+def count_answers(
+    relevance: Relevance, n_queries: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """Return, a query, how many right answers and how many allowed rows it has; a row of the corpus, what it is worth."""
+    right, allowed = np.zeros(n_queries, dtype=np.int64), np.zeros(n_queries, dtype=np.int64)
+    worth = np.zeros(relevance.size)
+    for rows in _parts(n_queries, relevance.size):
+        gains = relevance.gains(rows)
+        right[rows], worth = (gains > 0).sum(1), worth + gains.sum(0)
+        allowed[rows] = relevance.size - relevance.excluded(rows).sum(1)
+    return right, allowed, worth
 
 
 def best_ranks(
-    queries: NDArray[np.float32],
-    corpus: NDArray[np.float32],
-    codes: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]],
+    queries: NDArray[np.float32], corpus: NDArray[np.float32], relevance: Relevance
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Return, per query, the rank of its best right answer (1 is first, NaN without one) and how many there are.
 
     Memory is bounded: queries are taken in blocks.
     """
-    ranks = np.full(len(queries), np.nan)
-    counts = np.zeros(len(queries), dtype=np.int64)
-    block = max(1, _BLOCK_VALUES // max(1, len(corpus)))
-    for start in range(0, len(queries), block):
-        part = slice(start, start + block)
-        right = _right(codes, np.arange(len(queries))[part])
-        ranks[part] = ranks_of_relevant(queries[part] @ corpus.T, right)
-        counts[part] = right.sum(axis=1)
-    return ranks, counts
+    found = _measure(relevance, len(queries), lambda rows: queries[rows] @ corpus.T, measures=())
+    return found["ranks"], count_answers(relevance, len(queries))[0]
 
 
-def constant_recall(
-    codes: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]], right: NDArray[np.int64], ks: Sequence[int]
-) -> dict[int, float]:
+def _parts(n: int, width: int) -> list[NDArray[np.intp]]:
+    block = max(1, _BLOCK_VALUES // max(1, width))
+    return [np.arange(start, min(start + block, n)) for start in range(0, n, block)]
+
+
+def _measure(
+    relevance: Relevance,
+    n: int,
+    similarity: Callable[[NDArray[np.intp]], NDArray[Any]],
+    measures: Sequence[str] = _MEASURES,
+) -> dict[str, NDArray[np.float64]]:
+    """Return the first rank and the measures of each query; memory is bounded, queries are taken in blocks."""
+    found = {name: np.full(n, np.nan) for name in ("ranks", *measures)}
+    for rows in _parts(n, relevance.size):
+        values, gains = similarity(rows), relevance.gains(rows)
+        values[relevance.excluded(rows)] = -np.inf
+        found["ranks"][rows] = ranks_of_relevant(values, gains > 0)
+        for name in measures:
+            if name == "ndcg":
+                found[name][rows] = ndcg(values, gains, depth=NDCG_DEPTH)
+            else:
+                depth = "R" if name == "average_precision_at_r" else None
+                found[name][rows] = average_precision(values, gains > 0, depth=depth)  # type: ignore[arg-type]
+    return found
+
+
+def constant_recall(relevance: Relevance, right: NDArray[np.int64], ks: Sequence[int]) -> dict[int, float]:
     """Return, for each K, the recall of giving every query the same K rows.
 
     Each row is the one that serves most of the queries not served yet. Memory is bounded: queries are taken in blocks.
 
     Args:
-        codes: As for :func:`best_ranks`.
+        relevance: As for :func:`best_ranks`.
         right: Right answers of each query; queries without any are left out.
         ks: Depths.
     """
-    size = len(codes[0][1])
-    block = max(1, _BLOCK_VALUES // max(1, size))
     unserved = right > 0
     n = int(unserved.sum())
-    gains = np.zeros(size, dtype=np.int64)
-
-    def count(rows: NDArray[np.intp]) -> NDArray[np.int64]:
-        parts = [_right(codes, rows[i : i + block]).sum(axis=0) for i in range(0, len(rows), block)]
-        return np.sum(parts, axis=0, dtype=np.int64) if parts else np.zeros(size, dtype=np.int64)
-
-    gains += count(np.flatnonzero(unserved))
     served = {0: 0.0}
-    for k in range(1, min(max(ks), size) + 1):
+    for k in range(1, min(max(ks), relevance.size) + 1):
+        gains = np.zeros(relevance.size, dtype=np.int64)
+        rows = np.flatnonzero(unserved)
+        for part in _parts(len(rows), relevance.size):
+            gains += (relevance.gains(rows[part]) > 0).sum(axis=0)
         best = int(gains.argmax())
-        hit = unserved & np.any([of_queries == of_corpus[best] for of_queries, of_corpus in codes], axis=0)
-        gains -= count(np.flatnonzero(hit))
-        unserved &= ~hit
+        for part in _parts(len(rows), relevance.size):
+            unserved[rows[part]] &= relevance.gains(rows[part])[:, best] == 0
         served[k] = 1 - int(unserved.sum()) / n
-    return {k: served[min(k, size)] for k in ks}
+        if not unserved.any():
+            served |= dict.fromkeys(range(k + 1, max(ks) + 1), 1.0)
+            break
+    return {k: served[min(k, relevance.size) if k not in served else k] for k in ks}
 
 
-def _right(codes: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]], rows: NDArray[np.intp]) -> NDArray[np.bool_]:
-    """Return which rows of the corpus are right for some of the queries."""
-    found = np.zeros((len(rows), len(codes[0][1])), dtype=bool)
-    for of_queries, of_corpus in codes:
-        found |= of_queries[rows][:, None] == of_corpus[None, :]
-    return found
-
-
-def _direction_scores(
-    ranks: NDArray[np.float64],
-    right: NDArray[np.int64],
-    groups: Sequence[str],
-    size: int,
-    *,
-    majority: Mapping[int, float],
-    options: Mapping[str, Any],
-) -> DirectionScores:
-    expected = (size + 1) / (right[right > 0] + 1)  # mean of the least of m ranks drawn from 1..size
-    return DirectionScores(
-        {k: recall_interval(ranks, k, groups, chance=chance_recall_at_k(size, k, right), **options) for k in majority},
-        median_rank_interval(ranks, groups, chance=float(np.median(expected)), **options),
-        int((right > 0).sum()),
-        int((right == 0).sum()),
-        size,
-        majority,
-    )
+def recall_curve(
+    ranks: NDArray[np.float64], size: int, points: int = 60
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return depths, about evenly spaced in their logarithm, and the recall at each."""
+    depths = np.unique(np.geomspace(1, max(size, 1), points).round().astype(np.int64))
+    return depths, np.array([recall_at_k(ranks, int(k)) for k in depths])

@@ -149,6 +149,18 @@ def mean_reciprocal_rank_interval(
     return _interval(1 / np.asarray(ranks, dtype=np.float64), groups, "mean", chance, options)
 
 
+def mean_interval(values: ArrayLike, groups: Groups, *, chance: float | None = None, **options: Any) -> Interval:
+    """Return the mean over queries of any measure of :mod:`chiasm.metrics.ranking`, resampling their patients.
+
+    Args:
+        values: One number a query; NaN is left out.
+        groups: Patient of each query.
+        chance: Passed on.
+        **options: As :func:`recall_interval`.
+    """
+    return _interval(np.asarray(values, dtype=np.float64), groups, "mean", chance, options)
+
+
 def chance_recall_at_k(n_items: int, k: int, n_relevant: ArrayLike = 1) -> float:
     """Return the recall of a random order, exactly: 1 − C(items − relevant, k) / C(items, k), averaged over queries.
 
