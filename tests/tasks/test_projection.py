@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
-from chiasm.errors import InputError, SpaceMismatch, UnknownName
-from chiasm.tasks.projection import TRUST_ROWS, modality_gap, project
+from chiasm.errors import InputError, MissingExtra, SpaceMismatch, UnknownName
+from chiasm.tasks.projection import TRUST_ROWS, _pca, modality_gap, project
 
 Make = Callable[..., Any]
 
@@ -29,6 +31,11 @@ def test_clusters_stay_together(make: Make, method: str) -> None:
     assert found.xy.shape == (60, 2)
     assert found.xy.dtype == np.float32
     assert found.labels["c"] == tuple(which.tolist())
+    assert found.faith.continuity.value > 0.8
+    assert abs((found.faith.trustworthiness.chance or 0) - 0.5) < 0.1
+    assert found.faith.trustworthiness.low < found.trustworthiness < found.faith.trustworthiness.high
+    assert "distances" in found.warning.lower()
+    assert "continuity" in found.faith.note
     distance = np.linalg.norm(found.xy[:, None] - found.xy[None], axis=-1) + 1e9 * np.eye(60)
     assert (which[distance.argmin(axis=1)] == which).all()
     assert found.trustworthiness > (0.9 if method == "tsne" else 0.75)
@@ -78,6 +85,71 @@ def test_large_sets_are_judged_on_a_sample(make: Make) -> None:
     vectors, _ = clusters(TRUST_ROWS + 500, 4)
     found = project(make(vectors), "pca")
     assert 0.5 < found.trustworthiness <= 1
+    assert (found.faith.rows, found.faith.of) == (TRUST_ROWS, TRUST_ROWS + 500)
+    assert "a random 2,000 of 2,500 rows" in found.faith.note
+
+
+def test_t_sne_equals_opentsne(make: Make) -> None:
+    opentsne = pytest.importorskip("openTSNE", reason="openTSNE is not installed (extra `analysis`)")
+    vectors = make(clusters(90)[0])
+    found = project(vectors, engine="opentsne", seed=4, perplexity=12)
+    direct = opentsne.TSNE(perplexity=12, random_state=4, n_jobs=1).fit(vectors.normalize().vectors.astype(np.float64))
+    np.testing.assert_allclose(found.xy, np.asarray(direct), rtol=1e-3, atol=1e-3)  # unit norm in float32
+    assert found.settings["engine"] == "opentsne"
+    assert found.trustworthiness > 0.8
+
+
+def test_t_sne_equals_scikit_learn(make: Make) -> None:
+    from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
+
+    vectors = make(clusters(90)[0])
+    unit = vectors.normalize().vectors.astype(np.float64)
+    start = _pca(unit)[0]
+    start = (start / start[:, 0].std() * 1e-4).astype(np.float32)
+    with threadpool_limits(1):
+        model = TSNE(perplexity=12, init=start, random_state=4, n_jobs=1)
+        direct = model.fit_transform(unit.astype(np.float32))
+    np.testing.assert_array_equal(project(vectors, "tsne", seed=4, perplexity=12).xy, direct)
+
+
+def test_components_before_the_map(make: Make) -> None:
+    vectors, which = clusters(60, 40)
+    found = project(make(vectors), "tsne", components=5)
+    distance = np.linalg.norm(found.xy[:, None] - found.xy[None], axis=-1) + 1e9 * np.eye(60)
+    assert (which[distance.argmin(axis=1)] == which).all()
+    assert found.settings["components"] == 5
+
+
+@pytest.mark.parametrize(
+    ("method", "module", "package"), [("tsne", "openTSNE", "openTSNE"), ("umap", "umap", "umap-learn")]
+)
+def test_a_missing_extra_is_named(
+    make: Make, monkeypatch: pytest.MonkeyPatch, method: str, module: str, package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingExtra, match=package) as caught:
+        project(make(np.eye(8)), method, engine="opentsne")
+    assert "chiasm[analysis]" in (caught.value.hint or "")
+
+
+def test_umap_gets_unit_vectors_and_a_seed(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler behind UMAP takes ten seconds, so here it is asked, and `test_umap.py` runs it."""
+    asked: dict[str, Any] = {}
+
+    class UMAP:
+        def __init__(self, **settings: Any) -> None:
+            asked.update(settings)
+
+        def fit_transform(self, points: np.ndarray) -> np.ndarray:
+            asked["norms"] = np.linalg.norm(points, axis=1)
+            return points[:, :2]
+
+    monkeypatch.setitem(sys.modules, "umap", types.SimpleNamespace(UMAP=UMAP))
+    found = project(make(clusters(12)[0]), "umap", seed=7)
+    np.testing.assert_allclose(asked.pop("norms"), 1, rtol=1e-6)
+    assert asked == {"n_neighbors": 11, "min_dist": 0.1, "random_state": 7, "n_jobs": 1}
+    assert found.settings["umap_neighbors"] == 11
 
 
 def test_few_rows_and_wrong_input(make: Make) -> None:
@@ -93,6 +165,6 @@ def test_few_rows_and_wrong_input(make: Make) -> None:
     with pytest.raises(InputError, match="perplexity"):
         project(make(np.eye(6)), "tsne", perplexity=6)
     with pytest.raises(UnknownName):
-        project(make(np.eye(6)), "umap")
+        project(make(np.eye(6)), "isomap")
     with pytest.raises(SpaceMismatch):
         project([make(np.eye(6)), make(np.eye(6), "text", name="other")])

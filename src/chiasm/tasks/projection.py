@@ -1,27 +1,42 @@
-"""Embeddings to a map of two dimensions, with a number that says how far the map can be trusted.
+"""Embeddings to a map of two dimensions, with numbers that say how far the map can be trusted.
 
 In: :class:`~chiasm.types.Embeddings` of images, or of images and texts. Out: a frozen :class:`Projection`. PCA is a
-linear view; t-SNE (van der Maaten and Hinton 2008) keeps neighbourhoods, and its distances between groups mean nothing.
-Unit vectors are projected, so Euclidean neighbours are cosine neighbours.
+linear view; t-SNE (van der Maaten and Hinton 2008) and UMAP (McInnes et al. 2018) keep neighbourhoods, and distances
+between their groups mean nothing. Unit vectors are projected, so Euclidean neighbours are cosine neighbours.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from chiasm.errors import InputError, UnknownName
+from chiasm.errors import InputError, MissingExtra, UnknownName
+from chiasm.metrics.bootstrap import weighted_interval
+from chiasm.metrics.projection import neighbourhood_terms
 from chiasm.tasks.zero_shot import unit_vectors
-from chiasm.types import Embeddings, LabelValue, Modality, Space, check_same_space
+from chiasm.types import Embeddings, Interval, LabelValue, Modality, Space, check_same_space
 
 #: Trustworthiness costs memory that grows with the square of the rows; more are judged on a seeded sample of so many.
 TRUST_ROWS = 2_000
 
-Method = Literal["pca", "tsne"]
+Method = Literal["pca", "tsne", "umap"]
+Engine = Literal["scikit-learn", "opentsne"]
+METHODS: tuple[Method, ...] = ("pca", "tsne", "umap")
+
+#: What every map must be read with.
+WARNING = {
+    "pca": "A map of two dimensions leaves most of the space out: points that lie together here may be far apart there. "
+    "Only distances along the two axes shown are kept.",
+    "tsne": "On this map only who is next to whom has a meaning. Distances between groups, their sizes and their density "
+    "have none, and structureless data can show clumps, too.",
+    "umap": "On this map only who is next to whom has a meaning. Distances between groups, their sizes and their density "
+    "have none, and structureless data can show clumps, too.",
+}
 
 
 @dataclass(frozen=True)
@@ -61,6 +76,46 @@ class ModalityGap:
 
 
 @dataclass(frozen=True)
+class Faith:
+    """How far a map keeps neighbourhoods; 1 is perfect, ``chance`` is that of the same places dealt out at random.
+
+    Attributes:
+        trustworthiness: Neighbours on the map are neighbours in the space, weighted by rank; interval by patient. NaN
+            below 4 rows.
+        continuity: Neighbours in the space are neighbours on the map.
+        n_neighbors: Neighbours that were looked at.
+        rows: Rows that were judged.
+        of: Rows of the map.
+    """
+
+    trustworthiness: Interval
+    continuity: Interval
+    n_neighbors: int
+    rows: int
+    of: int
+
+    @property
+    def note(self) -> str:
+        """One sentence for the reader of the map."""
+        sample = f", judged on a random {self.rows:,} of {self.of:,} rows" if self.rows < self.of else ""
+        return (
+            f"Trustworthiness {self.trustworthiness} (how many neighbours on the map are real), continuity "
+            f"{self.continuity} (how many real neighbours the map keeps together); 1 is perfect, a random map has "
+            f"{_text(self.trustworthiness.chance)}. {self.n_neighbors} neighbours{sample}."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain JSON values."""
+        return {
+            "trustworthiness": self.trustworthiness.to_dict(),
+            "continuity": self.continuity.to_dict(),
+            "n_neighbors": self.n_neighbors,
+            "rows": self.rows,
+            "of": self.of,
+        }
+
+
+@dataclass(frozen=True)
 class Projection:
     """A place on a plane for every row.
 
@@ -69,15 +124,14 @@ class Projection:
         ids: One per row.
         modalities: One per row.
         labels: Column name to one value a row, as the embeddings carried them.
-        method: ``pca`` or ``tsne``.
-        seed: Of t-SNE and of the sample for trustworthiness.
-        trustworthiness: Share of neighbours on the map that are neighbours in the space, rank-weighted; 1 is perfect,
-            about 0.5 is random (Venna and Kaski 2001). NaN below 4 rows.
-        n_neighbors: Neighbours that were judged.
+        method: ``pca``, ``tsne`` or ``umap``.
+        seed: Of the map and of the sample that is judged.
+        faith: How far neighbourhoods are kept.
         explained_variance: Share of the variance on each axis (PCA only).
         gap: Present when both modalities are mapped.
         centered: Whether each modality's mean was subtracted first.
         space: Where the vectors come from.
+        settings: What else the map depends on: engine, perplexity, neighbours, components.
     """
 
     xy: NDArray[np.float32]
@@ -86,15 +140,30 @@ class Projection:
     labels: dict[str, tuple[LabelValue, ...]]
     method: Method
     seed: int
-    trustworthiness: float
-    n_neighbors: int
+    faith: Faith
     explained_variance: tuple[float, float] | None
     gap: ModalityGap | None
     centered: bool
     space: Space
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def trustworthiness(self) -> float:
+        """Of ``faith``, as one number."""
+        return self.faith.trustworthiness.value
+
+    @property
+    def n_neighbors(self) -> int:
+        """Neighbours that were judged."""
+        return self.faith.n_neighbors
+
+    @property
+    def warning(self) -> str:
+        """What the map must be read with."""
+        return WARNING[self.method]
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain JSON values."""
@@ -104,6 +173,8 @@ class Projection:
             "n": len(self),
             "trustworthiness": None if np.isnan(self.trustworthiness) else self.trustworthiness,
             "n_neighbors": self.n_neighbors,
+            "faith": self.faith.to_dict(),
+            "settings": dict(self.settings),
             "explained_variance": None if self.explained_variance is None else list(self.explained_variance),
             "modality_gap": None if self.gap is None else self.gap.to_dict(),
             "centered": self.centered,
@@ -123,26 +194,36 @@ def project(
     perplexity: float | None = None,
     n_neighbors: int = 10,
     center_modalities: bool = False,
+    engine: Engine = "scikit-learn",
+    components: int = 0,
+    umap_neighbors: int = 15,
+    min_dist: float = 0.1,
 ) -> Projection:
     """Return a place on a plane for every row.
 
     Args:
         embeddings: One set, or several of one space (images and texts).
-        method: ``pca`` or ``tsne``.
-        seed: Makes t-SNE repeatable on one machine.
+        method: ``pca``, ``tsne`` or ``umap`` (umap-learn, extra ``analysis``).
+        seed: Makes the map repeatable on one machine.
         perplexity: Of t-SNE; by default 30, less for fewer than 91 rows.
-        n_neighbors: How many neighbours trustworthiness looks at; less for few rows.
+        n_neighbors: How many neighbours trustworthiness and continuity look at; less for few rows.
         center_modalities: Subtract each modality's mean first, so that images and texts share one cloud.
+        engine: Of t-SNE: ``opentsne`` (extra ``analysis``) is fast for many rows.
+        components: Principal components that t-SNE and UMAP start from; 0: all dimensions. The map is judged by all
+            dimensions either way.
+        umap_neighbors: Neighbours that UMAP keeps; more show coarser structure.
+        min_dist: UMAP's smallest distance on the map.
 
     Raises:
         SpaceMismatch: When the sets come from two spaces.
         InputError: When there are too few rows or vectors are damaged.
+        MissingExtra: openTSNE or umap-learn is not installed.
     """
     parts = [embeddings] if isinstance(embeddings, Embeddings) else list(embeddings)
     if not parts:
         raise InputError("no embeddings were given to project")
-    if method not in ("pca", "tsne"):
-        raise UnknownName("projection", method, ("pca", "tsne"))
+    if method not in METHODS:
+        raise UnknownName("projection", method, METHODS)
     space = check_same_space(*parts)
     modalities: tuple[Modality, ...] = tuple(p.modality for p in parts for _ in range(len(p)))
     unit = np.concatenate([unit_vectors(p, p.modality) for p in parts]).astype(np.float64)
@@ -156,10 +237,19 @@ def project(
         for modality in set(modalities):
             rows = np.asarray([m == modality for m in modalities])
             points[rows] -= points[rows].mean(axis=0)
-    xy, explained = _pca(points)
-    if method == "tsne":
-        xy, explained = _tsne(points, seed, perplexity), None
-    neighbors = max(1, min(n_neighbors, (n - 1) // 2))
+    explained: tuple[float, float] | None = None
+    settings: dict[str, Any] = {}
+    start = _leading(points, components) if method != "pca" else points
+    if method == "pca":
+        xy, explained = _pca(points)
+    elif method == "tsne":
+        chosen = _perplexity(n, perplexity)
+        xy = _tsne(start, seed, chosen) if engine == "scikit-learn" else _open_tsne(start, seed, chosen)
+        settings = {"engine": engine, "perplexity": chosen, "components": components}
+    else:
+        near = max(2, min(umap_neighbors, n - 1))
+        xy = _umap(start, seed, near, min_dist)
+        settings = {"umap_neighbors": near, "min_dist": min_dist, "components": components}
     columns = set(parts[0].labels).intersection(*(p.labels for p in parts))
     return Projection(
         xy.astype(np.float32),
@@ -168,13 +258,55 @@ def project(
         {c: tuple(v for p in parts for v in p.labels[c]) for c in parts[0].labels if c in columns},
         method,
         seed,
-        _trustworthiness(points, xy, neighbors, seed),
-        neighbors,
+        judge_map(points, xy, [g for p in parts for g in p.groups], n_neighbors=n_neighbors, seed=seed),
         explained,
         gap,
         center_modalities,
         space,
+        settings,
     )
+
+
+def judge_map(
+    points: NDArray[np.float64],
+    xy: NDArray[np.floating[Any]],
+    groups: Sequence[str],
+    *,
+    n_neighbors: int = 10,
+    seed: int = 0,
+) -> Faith:
+    """Return trustworthiness and continuity with intervals by patient, on at most :data:`TRUST_ROWS` rows.
+
+    Args:
+        points: (n, dim) in the space.
+        xy: (n, 2) on the map.
+        groups: Patient of each row.
+        n_neighbors: Neighbours to look at; fewer for few rows.
+        seed: Of the sample, of the resamples and of the random map.
+    """
+    n = len(points)
+    near = max(1, min(n_neighbors, (n - 1) // 2))
+    random = np.random.default_rng(seed)
+    rows = np.sort(random.choice(n, TRUST_ROWS, replace=False)) if n > TRUST_ROWS else np.arange(n)
+    if n < 4:
+        none = Interval(float("nan"), float("nan"), float("nan"), n)
+        return Faith(none, none, near, n, n)
+    own = points[rows]
+    places = np.asarray(xy, dtype=np.float64)[rows]
+    terms = neighbourhood_terms(own, places, near)
+    chance = neighbourhood_terms(own, places[random.permutation(len(rows))], near)
+    names = [groups[int(r)] for r in rows]
+
+    def interval(values: NDArray[np.float64], by_chance: NDArray[np.float64]) -> Interval:
+        return weighted_interval(
+            lambda w: (w @ values) / w.sum(axis=1),
+            names,
+            n_resamples=500,
+            seed=seed,
+            chance=float(by_chance.mean()),
+        )
+
+    return Faith(interval(terms[0], chance[0]), interval(terms[1], chance[1]), near, len(rows), n)
 
 
 def modality_gap(unit: NDArray[np.float64], modalities: Sequence[Modality]) -> ModalityGap:
@@ -214,20 +346,33 @@ def _pca(points: NDArray[np.float64]) -> tuple[NDArray[np.float64], tuple[float,
     return centered @ axes.T, share
 
 
-def _tsne(points: NDArray[np.float64], seed: int, perplexity: float | None) -> NDArray[np.float64]:
-    from sklearn.manifold import TSNE
-    from threadpoolctl import threadpool_limits
+def _leading(points: NDArray[np.float64], components: int) -> NDArray[np.float64]:
+    wanted = min(components, points.shape[1], len(points) - 1)
+    if wanted < 2 or wanted == points.shape[1]:
+        return points
+    from sklearn.decomposition import PCA
 
-    n = len(points)
+    solver = "covariance_eigh" if len(points) > points.shape[1] else "full"
+    return np.asarray(PCA(n_components=wanted, svd_solver=solver).fit_transform(points))
+
+
+def _perplexity(n: int, perplexity: float | None) -> float:
     chosen = min(30.0, (n - 1) / 3) if perplexity is None else perplexity
     if not 0 < chosen < n:
         raise InputError(f"the perplexity must lie between 0 and the number of rows {n}, got {chosen:g}")
+    return chosen
+
+
+def _tsne(points: NDArray[np.float64], seed: int, perplexity: float) -> NDArray[np.float64]:
+    from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
+
     start, _ = _pca(points)
     spread = float(start[:, 0].std())
     start = start / spread * 1e-4 if spread > 0 else np.random.default_rng(seed).normal(scale=1e-4, size=start.shape)
     model = TSNE(
         n_components=2,
-        perplexity=chosen,
+        perplexity=perplexity,
         init=start.astype(np.float32),
         learning_rate="auto",
         random_state=seed,
@@ -238,13 +383,26 @@ def _tsne(points: NDArray[np.float64], seed: int, perplexity: float | None) -> N
     return result
 
 
-def _trustworthiness(points: NDArray[np.float64], xy: NDArray[np.float64], neighbors: int, seed: int) -> float:
-    n = len(points)
-    if n < 4:
-        return float("nan")
-    from sklearn.manifold import trustworthiness
+def _open_tsne(points: NDArray[np.float64], seed: int, perplexity: float) -> NDArray[np.float64]:
+    """Return the map of Poličar et al. 2019 with its defaults, one thread and a seed."""
+    try:
+        from openTSNE import TSNE
+    except ImportError as error:
+        raise MissingExtra("openTSNE", "analysis") from error
+    return np.asarray(TSNE(perplexity=perplexity, n_jobs=1, random_state=seed).fit(points), dtype=np.float64)
 
-    if n > TRUST_ROWS:
-        rows = np.sort(np.random.default_rng(seed).choice(n, TRUST_ROWS, replace=False))
-        points, xy = points[rows], xy[rows]
-    return float(trustworthiness(points, xy, n_neighbors=neighbors))
+
+def _umap(points: NDArray[np.float64], seed: int, neighbors: int, min_dist: float) -> NDArray[np.float64]:
+    """Return umap-learn's map with its defaults, one thread and a seed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of an absent TensorFlow, and of few rows
+        try:
+            from umap import UMAP
+        except ImportError as error:
+            raise MissingExtra("umap-learn", "analysis") from error
+        model = UMAP(n_neighbors=neighbors, min_dist=min_dist, random_state=seed, n_jobs=1)
+        return np.asarray(model.fit_transform(points.astype(np.float32)), dtype=np.float64)
+
+
+def _text(value: float | None) -> str:
+    return "–" if value is None or np.isnan(value) else f"{value:.2f}"
