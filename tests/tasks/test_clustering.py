@@ -75,18 +75,33 @@ def test_kmeans_equals_scikit_learn(make: Make) -> None:
     assert found.settings.k == 4
 
 
-def test_patients_are_drawn_whole(make: Make) -> None:
-    """Ten near-copies of each patient are tight little clumps; another draw of patients has others."""
+def test_clumps_of_patients_are_no_structure(make: Make) -> None:
+    """Ten near-copies of each patient are tight clumps: blind to patients, they look like clusters."""
     random = np.random.default_rng(0)
     patients = np.repeat(np.arange(16), 10)
     vectors = random.normal(size=(16, 12))[patients] + 0.05 * random.normal(size=(160, 12))
-    settings = ClusterSettings(k=5, resamples=8, null_draws=2)
+    settings = ClusterSettings(k=5, resamples=6, null_draws=20)
     by_patient = cluster(make(vectors, patients=tuple(f"p{p}" for p in patients)), settings)
     by_row = cluster(make(vectors), settings)
-    assert by_patient.structure.stability < by_row.structure.stability - 0.1
-    assert max(by_patient.patients) <= 16
+    assert not by_patient.structure.found
+    assert by_patient.structure.p_value > 0.05
+    assert by_row.structure.found, "the trap"
     assert sum(by_patient.patients) >= 16
     assert max(by_patient.largest_patient) >= 1 / 16
+    wide, narrow = by_patient.silhouette, by_row.silhouette
+    assert wide.high - wide.low > narrow.high - narrow.low
+
+
+def test_many_rows_are_judged_on_some_patients(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    from chiasm.tasks import cluster_structure
+
+    monkeypatch.setattr(cluster_structure, "JUDGED_ROWS", 60)
+    vectors, which = planted(400)
+    patients = tuple(f"p{i // 4}" for i in range(400))
+    found = cluster(make(vectors, patients=patients), ClusterSettings(k=3, resamples=4, null_draws=20))
+    assert found.structure.judged_rows == 60
+    assert adjusted_rand(found.clusters, which) > 0.95
+    assert found.structure.found
 
 
 def test_medoids_are_central(make: Make) -> None:

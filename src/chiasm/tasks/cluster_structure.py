@@ -5,7 +5,8 @@ In: points, the patient of each, and a function that clusters. Out: the clusters
 Every method cuts every cloud into pieces, and pieces of a long cloud are even stable. So two questions are asked. Patients
 are drawn anew and clustered anew: do the clusterings agree on the rows that they share (adjusted Rand index, Hennig's
 Jaccard per cluster)? And is the silhouette larger than that of normally distributed clouds with the same mean and
-covariance, cut in the same way? Where several k were tried, so they are on those clouds: the best of all k is compared
+covariance, cut in the same way? The clouds keep
+how rows of one patient resemble each other. Where several k were tried, so they are on those clouds: the best of all k is compared
 with the best of all k.
 """
 
@@ -29,8 +30,8 @@ Fit = Callable[[Floats, int, int], Integers]
 
 #: Agreement of clusterings of other patients from which clusters count as stable (Hennig 2008 for the Jaccard index).
 STABLE = 0.75
-#: Rows at most of a resample and of a structureless cloud.
-JUDGED_ROWS = 1_500
+#: Rows at most (of whole patients) that are drawn anew, and of a structureless cloud.
+JUDGED_ROWS = 2_000
 #: Other seeds of the same method on the same rows.
 SEEDS = 5
 
@@ -166,12 +167,13 @@ def examine(
     """
     progress.start(resamples + null_draws, "clusters")
     random = np.random.default_rng(seed)
-    judged = _some_patients(groups, random, JUDGED_ROWS, replace=False)
+    judged = _some_patients(groups, random, JUDGED_ROWS)
+    clouds = _Clouds(points, groups, judged, on_sphere)
     own = [_score(points[judged], fit(points[judged], k, seed)) for k in ks]
     again: list[dict[int, Integers]] = []
     drawn: list[NDArray[np.intp]] = []
     for r in range(resamples):
-        rows = _some_patients(groups, random, JUDGED_ROWS, replace=True)
+        rows = judged[_redrawn(clouds.groups, random)]
         drawn.append(rows)
         again.append({k: fit(points[rows], k, seed + 1 + r) for k in ks})
         progress.advance()
@@ -179,17 +181,14 @@ def examine(
     null = np.full((null_draws, len(ks)), np.nan)
     null_pairs: dict[int, list[float]] = {k: [] for k in ks}
     for draw in range(null_draws):
-        cloud = _cloud(points, len(judged), random, on_sphere)
+        cloud = clouds.draw(random)
         for column, k in enumerate(ks):
             null[draw, column] = _score(cloud, fit(cloud, k, seed))
             if len(ks) == 1 or draw < 4:  # a mean beside the score; the test is of the silhouette
-                null_pairs[k].append(_halves(cloud, fit, k, random))
+                null_pairs[k].append(_halves(cloud, clouds.groups, fit, k, random))
         progress.advance()
-    means = [float(np.nanmean(c)) if np.isfinite(c).any() else math.nan for c in null.T]
-    candidates = tuple(
-        Candidate(k, own[i], means[i], float(np.mean(stability[k])) if len(stability[k]) else math.nan)
-        for i, k in enumerate(ks)
-    )
+    means = [_mean(c) for c in null.T]
+    candidates = tuple(Candidate(k, own[i], means[i], _mean(stability[k])) for i, k in enumerate(ks))
     chosen = _best(candidates)
     k = candidates[chosen].k
     found = _by_size(fit(points, k, seed))
@@ -203,9 +202,9 @@ def examine(
         stability=candidates[chosen].stability,
         stability_low=float(low),
         stability_high=float(high),
-        null_stability=float(np.mean(null_pairs[k])),
+        null_stability=_mean(null_pairs[k]),
         seed_stability=float(np.mean([adjusted_rand(a, b) for a, b in combinations(seeds, 2)])),
-        jaccard=tuple(float(np.nanmean(c)) if np.isfinite(c).any() else math.nan for c in np.asarray(jaccard).T),
+        jaccard=tuple(_mean(c) for c in np.asarray(jaccard).T),
         silhouette=own[chosen],
         null_silhouette=means[chosen],
         p_value=_p_value(candidates, chosen, null),
@@ -233,23 +232,22 @@ def _score(points: Floats, clusters: Integers) -> float:
     return float(silhouettes(points[rows], clusters[rows]).mean()) if is_separable(clusters[rows]) else math.nan
 
 
-def _some_patients(
-    groups: NDArray[np.intp], random: np.random.Generator, most: int, *, replace: bool
-) -> NDArray[np.intp]:
-    """Return the distinct rows of drawn patients, at most so many.
+def _some_patients(groups: NDArray[np.intp], random: np.random.Generator, most: int) -> NDArray[np.intp]:
+    """Return all rows, or those of so many random patients as have about ``most`` rows."""
+    if len(groups) <= most:
+        return np.arange(len(groups))
+    order = random.permutation(int(groups.max()) + 1)
+    kept = max(2, int((np.cumsum(np.bincount(groups)[order]) <= most).sum()))
+    return np.flatnonzero(np.isin(groups, order[:kept]))
+
+
+def _redrawn(groups: NDArray[np.intp], random: np.random.Generator) -> NDArray[np.intp]:
+    """Return the distinct rows of patients drawn with replacement.
 
     A row that was drawn twice is kept once: copies would be clusters of their own to HDBSCAN (Hennig 2007, section 3).
     """
     count = int(groups.max()) + 1
-    drawn = random.integers(count, size=count) if replace else random.permutation(count)
-    chosen = np.unique(drawn)
-    if len(groups) > most:
-        order = list(dict.fromkeys(drawn.tolist()))
-        sizes = np.bincount(groups, minlength=count)[order]
-        chosen = np.asarray(order)[: max(2, int((np.cumsum(sizes) <= most).sum()))]
-    mask = np.zeros(count, dtype=bool)
-    mask[chosen] = True
-    return np.flatnonzero(mask[groups])
+    return np.flatnonzero(np.isin(groups, random.integers(count, size=count)))
 
 
 def _pairwise(rows: Sequence[NDArray[np.intp]], clusters: Sequence[Integers]) -> list[float]:
@@ -262,20 +260,48 @@ def _pairwise(rows: Sequence[NDArray[np.intp]], clusters: Sequence[Integers]) ->
     return found
 
 
-def _halves(cloud: Floats, fit: Fit, k: int, random: np.random.Generator) -> float:
-    """Return the agreement of two resamples of a cloud."""
-    rows = [np.unique(random.integers(len(cloud), size=len(cloud))) for _ in range(2)]
-    return float(np.mean(_pairwise(rows, [fit(cloud[r], k, i) for i, r in enumerate(rows)])))
+def _halves(cloud: Floats, groups: NDArray[np.intp], fit: Fit, k: int, random: np.random.Generator) -> float:
+    """Return the agreement of two resamples of a cloud's patients."""
+    rows = [_redrawn(groups, random) for _ in range(2)]
+    found = _pairwise(rows, [fit(cloud[r], k, i) for i, r in enumerate(rows)])
+    return found[0] if found else math.nan
 
 
-def _cloud(points: Floats, rows: int, random: np.random.Generator, on_sphere: bool) -> Floats:
-    """Return normally distributed points with the mean and the covariance of the given ones."""
-    mean = points.mean(axis=0)
-    root = np.asarray(np.linalg.qr(points - mean, mode="r")) / math.sqrt(max(len(points) - 1, 1))
-    cloud: Floats = mean + random.standard_normal((rows, len(root))) @ root
-    if on_sphere:
-        cloud /= np.maximum(np.linalg.norm(cloud, axis=1, keepdims=True), 1e-12)
-    return cloud
+class _Clouds:
+    """Normally distributed points with the mean and covariances, between and within patients, of the given ones.
+
+    Rows of one patient resemble each other. A cloud without that would make the clumps of patients look like structure.
+    """
+
+    def __init__(self, points: Floats, groups: NDArray[np.intp], judged: NDArray[np.intp], on_sphere: bool) -> None:
+        sizes = np.bincount(groups)
+        centers = np.zeros((len(sizes), points.shape[1]))
+        np.add.at(centers, groups, points)
+        centers /= sizes[:, None]
+        several = sizes[groups] > 1
+        self.mean = points.mean(axis=0)
+        self.between = _root(centers - centers.mean(axis=0), len(sizes) - 1)
+        self.within = _root((points - centers[groups])[several], int(several.sum()))
+        self.groups = np.unique(groups[judged], return_inverse=True)[1]
+        self.several = several[judged]
+        self.on_sphere = on_sphere
+
+    def draw(self, random: np.random.Generator) -> Floats:
+        """Return one cloud, with as many rows a patient as the judged rows have."""
+        count = int(self.groups.max()) + 1
+        cloud: Floats = self.mean + (random.standard_normal((count, len(self.between))) @ self.between)[self.groups]
+        if len(self.within):
+            cloud[self.several] += random.standard_normal((int(self.several.sum()), len(self.within))) @ self.within
+        if self.on_sphere:
+            cloud /= np.maximum(np.linalg.norm(cloud, axis=1, keepdims=True), 1e-12)
+        return cloud
+
+
+def _root(deviations: Floats, freedom: int) -> Floats:
+    """Return R with R'R the covariance of the deviations."""
+    if not len(deviations):
+        return np.zeros((0, deviations.shape[1]))
+    return np.asarray(np.linalg.qr(deviations, mode="r")) / math.sqrt(max(freedom, 1))
 
 
 def _best(candidates: Sequence[Candidate]) -> int:
@@ -308,6 +334,13 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_nan(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _mean(values: Sequence[float] | Floats) -> float:
+    """Return the mean of what is defined, NaN where nothing is."""
+    known = np.asarray(values, dtype=np.float64)
+    known = known[np.isfinite(known)]
+    return float(known.mean()) if len(known) else math.nan
 
 
 def _text(value: float) -> str:
