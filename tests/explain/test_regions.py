@@ -18,7 +18,7 @@ def test_each_way_by_hand() -> None:
     image = make_test_images(1)[0].resize((64, 64))
     box = Box(16, 0, 48, 32)  # columns 1 and 2, rows 0 and 1 of the 4 × 4 patches
     crop = encoder.encode_image(encoder.preprocess(image.crop((16, 0, 48, 32))), normalize=True)[0]
-    np.testing.assert_allclose(embed_regions(encoder, [image], [box]).vectors[0], crop, atol=1e-5)
+    np.testing.assert_allclose(embed_regions(encoder, [image], [box], how="crop").vectors[0], crop, atol=1e-5)
     patches = encoder.patch_features(encoder.preprocess(image))[0]
     mean = F.normalize(patches[0:2, 1:3].mean((0, 1)), dim=0)
     np.testing.assert_allclose(embed_regions(encoder, [image], [box], how="patches").vectors[0], mean, atol=1e-5)
@@ -74,4 +74,4 @@ def test_refusals() -> None:
     wide = images[0].resize((200, 40))  # the model sees the middle 40 × 40
     with pytest.raises(InputError, match="leaves out"):
         embed_regions(encoder, [wide], [Box(0, 0, 20, 20)], how="patches")
-    assert len(embed_regions(encoder, [wide], [Box(0, 0, 20, 20)])) == 1
+    assert len(embed_regions(encoder, [wide], [Box(0, 0, 20, 20)], how="crop")) == 1

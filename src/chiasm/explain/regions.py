@@ -3,7 +3,8 @@
 Three ways, each with its weakness. ``crop`` embeds the rectangle as an image of its own: it works for every encoder, but
 a crop is an unusual image, and whatever tells left from right is gone. ``patches`` averages the patch vectors inside the
 box: one pass for any number of boxes, but only where the tower has patch vectors, and these need not speak of their own
-place. ``cover`` hides everything else under the mean colour: the place is kept, but so much grey is unusual, too.
+place. ``cover`` hides everything else under the mean colour: the place is kept, but so much grey is unusual, too. It is
+the default: on phantoms it named the finding of a box best (docs/lab-notes.md, 2026-11-21).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def embed_regions(
     images: Sequence[Image],
     boxes: Sequence[Box],
     *,
-    how: RegionMethod = "crop",
+    how: RegionMethod = "cover",
     ids: Sequence[str] | None = None,
     patients: Sequence[str | None] | None = None,
 ) -> Embeddings:
