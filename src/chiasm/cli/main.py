@@ -19,6 +19,7 @@ COMMANDS = (
     "demo",
     "inspect",
     "zero_shot",
+    "calibrate",
     "retrieval",
     "explain",
     "embed",

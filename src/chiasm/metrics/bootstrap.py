@@ -11,7 +11,7 @@ times faster); both see the same draws. Draws depend on the seed and on the grou
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal
@@ -135,6 +135,44 @@ def weighted_interval(
     if method == "bca" and math.isfinite(value) and len(draws):
         tails = _bca_tails(value, draws, _jackknife(statistic, clusters), tails)
     return _interval(value, draws, tails, clusters.n, chance)
+
+
+def weighted_intervals(
+    statistics: Mapping[str, WeightStatistic],
+    groups: Sequence[Hashable] | NDArray[np.generic],
+    *,
+    n_resamples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> dict[str, Interval]:
+    """Return several statistics of the same rows with their percentile intervals; all see every draw together.
+
+    Args:
+        statistics: Name -> statistic, as in :func:`weighted_interval`.
+        groups: One group (patient) a row.
+        n_resamples: Number of resamples.
+        seed: Of the draws.
+        level: Coverage of each interval by itself.
+
+    Returns:
+        Name -> what :func:`weighted_interval` gives for that statistic alone, in one pass over the draws.
+
+    Raises:
+        InputError: When there are no rows, or a parameter is out of its range.
+    """
+    clusters = Clusters(groups)
+    _check_parameters(n_resamples, level)
+    drawn: dict[str, list[Floats]] = {name: [] for name in statistics}
+    if clusters.count > 1:
+        for weights in clusters.weights(n_resamples, seed):
+            for name, statistic in statistics.items():
+                drawn[name].append(np.asarray(statistic(weights), dtype=np.float64))
+    whole = np.ones((1, clusters.n))
+    found = {}
+    for name, statistic in statistics.items():
+        draws = np.concatenate(drawn[name]) if drawn[name] else np.full(0, np.nan)
+        found[name] = _interval(float(statistic(whole)[0]), draws, _tails(level), clusters.n, None)
+    return found
 
 
 def paired_difference(

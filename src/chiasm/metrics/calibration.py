@@ -4,7 +4,8 @@ Comes in: the column of each row's true class (None or NaN: not labelled, left o
 Goes out: plain floats, functions of row weights for the bootstrap, intervals clustered by patient, a curve.
 
 Notable choices: several classes are judged by the *top label*: the largest probability is the confidence, and it should
-be the share of right answers among rows of that confidence (Guo et al. 2017). Ties take the lowest class. A class
+be the share of right answers among rows of that confidence (Guo et al. 2017). Ties take the lowest class. Two classes can be judged by the probability of class
+1 instead (``of="positive"``), which is what a rare finding needs: its top label is almost always "absent". A class
 without a row in the truth does no harm here (unlike the AUROC): the numbers are means over rows. No labelled row: NaN.
 """
 
@@ -27,6 +28,7 @@ from chiasm.types import Interval
 Truth = ArrayLike | Sequence[Any]
 Groups = Sequence[Hashable] | NDArray[np.generic]
 Binning = Literal["width", "mass"]
+Of = Literal["top", "positive"]
 
 BINS = 15
 """Bins of the calibration error, as Guo et al. 2017."""
@@ -58,6 +60,7 @@ def expected_calibration_error(
     bins: int = BINS,
     binning: Binning = "width",
     debiased: bool = False,
+    of: Of = "top",
 ) -> float:
     """Return the mean gap between confidence and share of right answers, over bins of confidence.
 
@@ -70,6 +73,8 @@ def expected_calibration_error(
         debiased: Take off what chance alone adds to the gap of a bin: even perfect probabilities have gaps above 0 in
             finite data. Each gap d with standard error s counts as 2 d - E|N(d, s²)|; the sum is not below 0. This first-order correction removes about
             two fifths of the excess where calibration is perfect, and all of it where gaps are large.
+        of: ``top``: the largest probability against the share of right answers; ``positive``: the probability of class 1
+            of two against the share of class 1.
 
     Returns:
         A number in [0, 1], 0 for perfect calibration; NaN when nothing is labelled.
@@ -86,7 +91,7 @@ def expected_calibration_error(
         Kumar et al. debias the l1 error by simulation; its limit, the mean of a folded normal, is used instead, with the
         gap's own s² = a (1 - a) / n. A bin with all answers right or all wrong has s = 0 and is not corrected.
     """
-    return _of_all(ece_statistic(truth, probabilities, bins=bins, binning=binning, debiased=debiased), truth)
+    return _of_all(ece_statistic(truth, probabilities, bins=bins, binning=binning, debiased=debiased, of=of), truth)
 
 
 def brier_score(truth: Truth, probabilities: ArrayLike) -> float:
@@ -135,6 +140,7 @@ def expected_calibration_error_interval(
     bins: int = BINS,
     binning: Binning = "width",
     debiased: bool = False,
+    of: Of = "top",
     **options: Any,
 ) -> Interval:
     """Return :func:`expected_calibration_error` with its interval, resampling patients; the bins stay those of all rows.
@@ -149,11 +155,12 @@ def expected_calibration_error_interval(
         bins: As :func:`expected_calibration_error`.
         binning: As :func:`expected_calibration_error`.
         debiased: As :func:`expected_calibration_error`.
+        of: As :func:`expected_calibration_error`.
         **options: ``method``, ``n_resamples``, ``seed``, ``level`` of :func:`chiasm.metrics.bootstrap.weighted_interval`.
     """
 
     def make(kept: Any, given: Floats) -> WeightStatistic:
-        return ece_statistic(kept, given, bins=bins, binning=binning, debiased=debiased)
+        return ece_statistic(kept, given, bins=bins, binning=binning, debiased=debiased, of=of)
 
     return _with_interval(make, truth, probabilities, groups, options)
 
@@ -183,10 +190,16 @@ def log_loss_interval(truth: Truth, probabilities: ArrayLike, groups: Groups, **
 
 
 def ece_statistic(
-    truth: Truth, probabilities: ArrayLike, *, bins: int = BINS, binning: Binning = "width", debiased: bool = False
+    truth: Truth,
+    probabilities: ArrayLike,
+    *,
+    bins: int = BINS,
+    binning: Binning = "width",
+    debiased: bool = False,
+    of: Of = "top",
 ) -> WeightStatistic:
     """Return :func:`expected_calibration_error` as a function of weights; the bins are those of all rows."""
-    confidence, right = _top_label(truth, probabilities)
+    confidence, right = _confidence(truth, probabilities, of)
     known = ~np.isnan(right)
     member = np.zeros((len(right), 1))
     _check_bins(bins, binning)
@@ -239,8 +252,9 @@ def reliability_curve(
     n_resamples: int = 500,
     seed: int = 0,
     level: float = 0.95,
+    of: Of = "top",
 ) -> ReliabilityCurve:
-    """Return confidence against the share of right answers (top label), bin by bin.
+    """Return confidence against the share of right answers, bin by bin.
 
     Args:
         truth: As :func:`expected_calibration_error`.
@@ -251,6 +265,7 @@ def reliability_curve(
         n_resamples: Resamples of patients; each bin is resampled as it lies.
         seed: Of the draws.
         level: Coverage of the intervals, each bin for itself.
+        of: As :func:`expected_calibration_error`.
 
     Returns:
         Bins in rising order of confidence, without empty ones.
@@ -258,7 +273,7 @@ def reliability_curve(
     Raises:
         InputError: As :func:`expected_calibration_error`.
     """
-    confidence, right = _top_label(truth, probabilities)
+    confidence, right = _confidence(truth, probabilities, of)
     _check_bins(bins, binning)
     known = np.flatnonzero(~np.isnan(right))
     if len(known) == 0:
@@ -308,9 +323,18 @@ def _checked(truth: Truth, probabilities: ArrayLike) -> tuple[Floats, NDArray[np
     return given, wanted
 
 
-def _top_label(truth: Truth, probabilities: ArrayLike) -> tuple[Floats, Floats]:
-    """Return the largest probability of each row, and whether its class is right (1, 0; NaN where not labelled)."""
+def _confidence(truth: Truth, probabilities: ArrayLike, of: Of) -> tuple[Floats, Floats]:
+    """Return the largest probability of each row, and whether its class is right (1, 0; NaN where not labelled).
+
+    With ``of="positive"`` the probability of class 1, and whether class 1 is true.
+    """
     given, wanted = _checked(truth, probabilities)
+    if of not in ("top", "positive"):
+        raise InputError(f"unknown kind of confidence `{of}`", hint="one of top, positive")
+    if of == "positive":
+        if given.shape[1] != 2:
+            raise InputError(f"the probability of class 1 needs two classes, got {given.shape[1]}", hint="use of=top")
+        return given[:, 1], np.where(wanted < 0, np.nan, wanted == 1)
     right = (given.argmax(1) == wanted).astype(np.float64)
     return given.max(1), np.where(wanted < 0, np.nan, right)
 

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -130,6 +131,36 @@ class DomainReference:
             embeddings.groups,
             self.space,
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the arrays as plain JSON values; an infinite threshold is None."""
+        return {
+            "method": self.method,
+            "space": self.space.to_dict(),
+            "modality": self.modality,
+            "neighbours": self.neighbours,
+            "threshold": self.threshold if math.isfinite(self.threshold) else None,
+            "false_alarms": self.false_alarms,
+            "patients": list(self.patients),
+            "shrinkage": self.shrinkage,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], arrays: Mapping[str, Floats]) -> Self:
+        """Rebuild from :meth:`to_dict` and the arrays ``mean``, ``basis``, ``validation_scores``, ``validation_weights``.
+
+        Raises:
+            InputError: When an array does not fit the others.
+        """
+        space = Space.from_dict(values["space"])
+        threshold = math.inf if values["threshold"] is None else float(values["threshold"])
+        mean, basis = arrays["mean"], arrays["basis"]
+        if mean.shape != (space.dim,) or basis.ndim != 2 or space.dim not in basis.shape:
+            raise InputError(f"the domain's arrays {mean.shape} and {basis.shape} do not fit {space.dim} dimensions")
+        patients = values["patients"]
+        return cls(values["method"], space, values["modality"], mean, basis, int(values["neighbours"]),
+                   arrays["validation_scores"], arrays["validation_weights"], threshold, float(values["false_alarms"]),
+                   (int(patients[0]), int(patients[1])), float(values["shrinkage"]))  # fmt: skip
 
 
 def fit_domain(
