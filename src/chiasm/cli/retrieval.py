@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from chiasm.encoders.base import Encoder
+    from chiasm.evaluate.probe_scores import ProbeScores
     from chiasm.io.manifest import RejectLog
     from chiasm.types import Embeddings
 
@@ -89,6 +90,12 @@ def run(
     exclude: Annotated[
         str | None, typer.Option("--exclude", help="What a query may not find: none, self, patient.")
     ] = None,
+    probes: Annotated[
+        bool, typer.Option("--probes", help="Also: does the true sentence win over one with “no”, or a side, turned?")
+    ] = False,
+    probe_rules: Annotated[
+        Path | None, typer.Option("--probe-rules", help="TOML file that says how sentences are turned.")
+    ] = None,
     out: PageOption = None,
     examples: Annotated[int, typer.Option("--examples", min=0, help="Queries that the page shows with answers.")] = 0,
     device: DeviceOption = "cpu",
@@ -109,7 +116,7 @@ def run(
     if not all(q.strip() for q in query or ()):
         raise InputError("a query is empty", hint="write what to look for, or leave it out to measure")
     encoder = None
-    if query or store is None:  # a store can be measured without its model
+    if query or store is None or probes:  # a store can be measured without its model
         encoder = load_encoder(model, device=device, family=family, allow_code=allow_code)
     rejects = RejectLog()
     corpus: Corpus
@@ -131,8 +138,9 @@ def run(
         assert encoder is not None
         _search(encoder, query, corpus, answers, top=top, as_json=as_json, rejects=rejects)
         return
-    wanted = Wanted(tuple(direction or ("all",)), same, relevant_by, exclude, seed, examples)
-    _measure(cache(lambda side: corpus(side=side)), wanted, out, as_json=as_json, rejects=rejects)
+    wanted = Wanted(tuple(direction or ("all",)), same, relevant_by, exclude, seed, examples, probe_rules)
+    prober = encoder if probes else None
+    _measure(cache(lambda side: corpus(side=side)), wanted, out, prober, as_json=as_json, rejects=rejects)
 
 
 @dataclass(frozen=True)
@@ -145,6 +153,7 @@ class Wanted:
     exclude: str | None
     seed: int
     examples: int
+    probe_rules: Path | None
 
     def settings(self) -> dict[str, Any]:
         """Return what can change a number."""
@@ -176,7 +185,13 @@ def _search(
 
 
 def _measure(
-    sides: Callable[[str], Embeddings], wanted: Wanted, out: Path | None, *, as_json: bool, rejects: RejectLog
+    sides: Callable[[str], Embeddings],
+    wanted: Wanted,
+    out: Path | None,
+    prober: Encoder | None,
+    *,
+    as_json: bool,
+    rejects: RejectLog,
 ) -> None:
     from chiasm.cli.inputs import say_rejected
     from chiasm.evaluate.run_card import make_run_card
@@ -196,6 +211,7 @@ def _measure(
         exclude=wanted.exclude,
         seed=wanted.seed,
     )
+    turned = None if prober is None else _probe(prober, sides, wanted)
     used = {side: sides(side) for side in dict.fromkeys(s for n in scores.directions for s in DIRECTIONS[n])}
     card = make_run_card(
         "chiasm retrieval", used, seed=wanted.seed, settings=wanted.settings(), seconds=time.monotonic() - began
@@ -204,17 +220,35 @@ def _measure(
         from chiasm.evaluate.page import save_page
         from chiasm.evaluate.retrieval_page import make_retrieval_page
 
-        save_page(make_retrieval_page(scores, sides, card, examples=wanted.examples), out)
+        save_page(make_retrieval_page(scores, sides, card, probes=turned, examples=wanted.examples), out)
     if as_json:
         counts = {"rejected": len(rejects), "reasons": rejects.counts()}
-        print_json({**scores.to_dict(), **counts, "run_card": card.to_dict()})
+        more = {} if turned is None else {"probes": turned.to_dict()}
+        print_json({**scores.to_dict(), **more, **counts, "run_card": card.to_dict()})
         return
     print_table(("measure", "value [95 % interval]", "n", "chance", "majority"), scores.table())
+    if turned is not None:
+        print_table(("probe", "true sentence wins", "n", "no image", "always one way"), turned.table())
     for name, reason in scores.left_out.items():
         print(f"note: {name.replace('_to_', ' → ')} was left out: {reason}", file=sys.stderr)
     say_rejected(rejects)
     if out is not None:
         print(f"page: {out}")
+
+
+def _probe(encoder: Encoder, sides: Callable[[str], Embeddings], wanted: Wanted) -> ProbeScores:
+    from chiasm.embed import embed_texts
+    from chiasm.evaluate.probe_scores import score_probes
+    from chiasm.tasks.contradictions import ContradictionRules, make_probes
+
+    images = sides("image")
+    texts = images.texts
+    if texts is None or not any(texts):
+        reports = sides("text")
+        by_id = dict(zip(reports.ids, reports.texts or (), strict=False))
+        texts = tuple(by_id.get(name) for name in images.ids)
+    found = make_probes(texts, ContradictionRules.load(wanted.probe_rules))
+    return score_probes(images, found, lambda sentences: embed_texts(encoder, list(sentences)), seed=wanted.seed)
 
 
 def _has(sides: Callable[[str], Embeddings], side: str) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from chiasm.errors import ChiasmError
+from chiasm.evaluate.figures import interval_dots
 from chiasm.evaluate.page import (
     Block,
     Figure,
@@ -23,6 +24,7 @@ from chiasm.evaluate.page import (
     Table,
     picture_source,
 )
+from chiasm.evaluate.probe_scores import ProbeScores
 from chiasm.evaluate.retrieval_figures import recall_curves
 from chiasm.evaluate.run_card import RunCard
 from chiasm.evaluate.search_scores import DIRECTIONS, DirectionScores, SearchScores, arrow
@@ -35,7 +37,12 @@ _TEXT_LETTERS = 160
 
 
 def make_retrieval_page(
-    scores: SearchScores, sides: Callable[[str], Embeddings], card: RunCard, *, examples: int = 0
+    scores: SearchScores,
+    sides: Callable[[str], Embeddings],
+    card: RunCard,
+    *,
+    probes: ProbeScores | None = None,
+    examples: int = 0,
 ) -> Page:
     """Return the page of :func:`~chiasm.evaluate.search_scores.score_search`.
 
@@ -43,12 +50,15 @@ def make_retrieval_page(
         scores: What was measured.
         sides: ``image`` or ``text`` -> embeddings, for the examples.
         card: Of the run.
+        probes: Of minimal pairs, where they were measured.
         examples: Queries of each direction that are shown with their first answers; 0 shows no patient's picture or text.
     """
     first = next(iter(scores.directions.values()))
     by = " or ".join(scores.keys)
     right = "shares findings with" if scores.graded else "has the same"
     sections = [_overview(scores), *(_direction(name, found) for name, found in scores.directions.items())]
+    if probes is not None:
+        sections.append(_probes(probes))
     if examples > 0:
         sections.append(_examples(scores, sides, examples))
     sections.append(card.section())
@@ -106,6 +116,46 @@ def _direction(name: str, found: DirectionScores) -> Section:
                 "Intervals resample patients. One ranking for all: every query gets the same answers, chosen with the truth "
                 "at hand; a model must beat it. Equal scores share their expected value.",
             ),
+        ),
+    )
+
+
+def _probes(probes: ProbeScores) -> Section:
+    rows: list[tuple[object, ...]] = []
+    intervals: dict[str, Interval] = {}
+    notes: list[Block] = []
+    for name, found in probes.groups.items():
+        rows.append((name, found.wins, f"{found.wins.n:,}", found.blind, f"{found.always:.3f}", found.corrected))
+        rows += [(f"– {kind}", value, f"{value.n:,}", "", "", "") for kind, value in found.kinds.items()]
+        intervals |= {name: found.wins, **found.kinds, f"{name}, mean image": found.blind}
+        gain, p = found.gain.difference, found.gain.p_value
+        reads = np.isfinite(p) and p < 0.05 and gain.value > 0
+        verdict = "The image decides in part" if reads else "Nothing shows that the image decides"
+        notes.append(
+            Note(
+                f"{verdict} on {name}: {gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] against the mean image, "
+                f"p = {p:.3f}.",
+                "plain" if reads else "warning",
+            )
+        )
+    return Section(
+        "Does it read “no”, left and right",
+        f"{probes.probes:,} sentences of {probes.images:,} images' own reports, each beside its contradiction: the true one "
+        "should be nearer to the image. A preference for sentences without “no”, or for one side, wins too; so the mean of "
+        "all images, which shows nothing, stands beside it.",
+        (
+            Figure(
+                interval_dots(intervals, xlabel="true sentence wins", limits=(0, 1.05)),
+                "Chance is one half.",
+                wide=True,
+            ),
+            Table(
+                ("probe", "true sentence wins", "n", "mean image", "always one way", "corrected"),
+                tuple(rows),
+                "Always one way: the better of the two fixed preferences. Corrected: after the mean image's preference is "
+                "subtracted.",
+            ),
+            *notes,
         ),
     )
 
