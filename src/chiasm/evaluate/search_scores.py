@@ -355,6 +355,7 @@ def score_direction(
     if not known.any():
         raise NoRightAnswer
     values = _measure(relevance, len(a), lambda rows: a[rows] @ b.T)
+    worth = worth - 1e-9 * np.arange(len(worth))  # one ranking: rows worth the same come in their order
     constant = _measure(relevance, len(a), lambda rows: np.broadcast_to(worth, (len(rows), len(worth))).copy())
     chance = _measure(relevance, len(a), lambda rows: np.zeros((len(rows), len(worth))))
     majority = constant_recall(relevance, right, ks)
