@@ -19,6 +19,7 @@ COMMANDS = (
     "demo",
     "inspect",
     "zero_shot",
+    "few_shot",
     "calibrate",
     "retrieval",
     "explain",
@@ -31,6 +32,8 @@ COMMANDS = (
     "bundle",
     "export",
     "classify",
+    "fuse",
+    "survival",
 )
 
 app = typer.Typer(

@@ -1,0 +1,174 @@
+"""Classify from images, texts and clinical columns together, and tell whether that beats each alone."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from chiasm.cli.inputs import ColumnOption, GroupOption, RootOption, SplitOption, TableOption
+from chiasm.cli.output import (
+    BatchOption,
+    CodeOption,
+    DeviceOption,
+    FamilyOption,
+    JsonOption,
+    ModelOption,
+    SeedOption,
+    make_progress,
+    print_json,
+    print_table,
+)
+from chiasm.cli.vectors import LabelOption, PageOption, StoreOption
+from chiasm.errors import InputError
+
+if TYPE_CHECKING:
+    from chiasm.types import Embeddings
+
+MODALITIES = ("image", "text", "clinical")
+
+
+def run(
+    label: LabelOption,
+    table: TableOption = None,
+    store: StoreOption = None,
+    model: ModelOption = "",
+    use: Annotated[
+        str, typer.Option("--use", help="Modalities, by comma: image, text, clinical.")
+    ] = "image,text,clinical",
+    clinical: Annotated[
+        str, typer.Option("--clinical", help="Clinical columns, by comma: numbers, or words of few kinds.")
+    ] = "",
+    text_store: Annotated[
+        Path | None, typer.Option("--text-store", help="Store of the texts, where another model embedded them.")
+    ] = None,
+    folds: Annotated[int, typer.Option("--folds", min=2, help="Outer folds, by patient.")] = 5,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Times that folds are drawn.")] = 5,
+    components: Annotated[int, typer.Option("--components", min=1, help="Numbers kept of each modality.")] = 32,
+    split: SplitOption = None,
+    group: GroupOption = None,
+    column: ColumnOption = None,
+    root: RootOption = None,
+    out: PageOption = None,
+    device: DeviceOption = "cpu",
+    batch_size: BatchOption = 32,
+    seed: SeedOption = 0,
+    family: FamilyOption = None,
+    allow_code: CodeOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Predict a label from every modality alone, early and late fusion, out of fold, and compare."""
+    from chiasm.cli.inputs import load_encoder
+    from chiasm.cli.vectors import open_vectors
+    from chiasm.evaluate.fusion_page import fusion_page
+    from chiasm.evaluate.fusion_scores import score_fusion
+    from chiasm.evaluate.page import save_page
+    from chiasm.evaluate.run_card import make_run_card
+    from chiasm.tasks.fusion import compare_fusion
+    from chiasm.tasks.modalities import make_modalities
+
+    started = time.perf_counter()
+    wanted = _wanted(use, clinical)
+    columns = [c.strip() for c in clinical.split(",") if c.strip()]
+    encoder = None
+    if table is not None:
+        encoder = load_encoder(model, device=device, family=family, allow_code=allow_code)
+
+    def side(name: Literal["image", "text"], from_store: Path | None) -> Embeddings:
+        return open_vectors(
+            store=from_store, table=None if from_store else table, side=name, split=split, group=group,
+            column=None if from_store else column, root=None if from_store else root, batch_size=batch_size,
+            as_json=as_json, encoder=encoder,
+        )  # fmt: skip
+
+    sides: dict[str, Embeddings] = {}
+    if "image" in wanted:
+        sides["image"] = side("image", store)
+    if "text" in wanted:
+        sides["text"] = side("text", text_store or store)
+    if not sides:  # clinical columns alone still come from the rows of a side that exists
+        sides["rows"] = side("image", store)
+    rows = _labelled(sides, label, columns)
+    modalities = make_modalities(
+        rows.ids,
+        images=sides.get("image"),
+        texts=sides.get("text"),
+        clinical={c: rows.column(c) for c in columns} if "clinical" in wanted else None,
+    )
+    run_ = compare_fusion(
+        modalities, rows.classes, rows.groups, folds=folds, repeats=repeats, components=components, seed=seed,
+        progress=make_progress(as_json, unit="folds"),
+    )  # fmt: skip
+    scores = score_fusion(run_, seed=seed)
+    card = make_run_card(
+        f"chiasm fuse --label {label} --use {','.join(wanted)}"
+        + (f" --clinical {','.join(columns)}" if columns else ""),
+        sides,
+        seed=seed,
+        settings={"folds": folds, "repeats": repeats, "components": components, "clinical": columns, "group": group},
+        seconds=time.perf_counter() - started,
+    )
+    if out is not None:
+        save_page(fusion_page(scores, card, label=label), out)
+    if as_json:
+        print_json({**scores.to_dict(), "written": str(out) if out else None, "run_card": card.to_dict()})
+        return
+    table_rows = [(arm, str(s.auroc), str(s.balanced_accuracy), str(s.log_loss)) for arm, s in scores.arms.items()]
+    print_table(("arm", "AUROC [95 %]", "balanced accuracy", "log loss"), table_rows)
+    tests = [(n.replace("-", " − ", 1), str(d.difference), f"{d.p:.3f}") for n, d in scores.differences.items()]
+    if tests:
+        print_table(("difference of AUROC", "value [95 %]", "p (Holm)"), tests)
+    print(scores.verdict + (f" Wrote {out}." if out else ""))
+
+
+class _Rows:
+    """Labelled rows of all sides: the first side that has a row states its class, patient and columns."""
+
+    def __init__(self) -> None:
+        self.ids: list[str] = []
+        self.classes: list[str] = []
+        self.groups: list[str] = []
+        self.values: dict[str, list[object]] = {}
+
+    def column(self, name: str) -> list[str | int | float | None]:
+        return self.values[name]  # type: ignore[return-value]  # values of label columns
+
+
+def _labelled(sides: dict[str, Embeddings], label: str, columns: list[str]) -> _Rows:
+    from chiasm.cli.vectors import label_column
+    from chiasm.tasks.modalities import is_blank
+
+    rows = _Rows()
+    rows.values = {c: [] for c in columns}
+    seen: set[str] = set()
+    for side in sides.values():
+        classes = label_column(side, label)
+        given = {c: label_column(side, c) for c in columns}
+        for k, name in enumerate(side.ids):
+            if name in seen or is_blank(classes[k]):
+                continue
+            seen.add(name)
+            rows.ids.append(name)
+            rows.classes.append(str(classes[k]))
+            rows.groups.append(side.groups[k])
+            for c in columns:
+                rows.values[c].append(given[c][k])
+    if not rows.ids:
+        raise InputError(f"no row has a label in column `{label}`")
+    return rows
+
+
+def _wanted(use: str, clinical: str) -> list[str]:
+    named = [u.strip() for u in use.split(",") if u.strip()]
+    unknown = [u for u in named if u not in MODALITIES]
+    if unknown or not named:
+        raise InputError(f"--use names `{use}`", hint=f"of these, by comma: {', '.join(MODALITIES)}")
+    if "clinical" in named and not clinical.strip():
+        if use != ",".join(MODALITIES):
+            raise InputError("--use names clinical, but no column was given", hint="--clinical age,sex")
+        named.remove("clinical")
+    if clinical.strip() and "clinical" not in named:
+        raise InputError("--clinical was given, but --use leaves it out", hint="add clinical to --use")
+    return named
