@@ -1,6 +1,7 @@
 """The program ``chiasm``: a table of commands, one file each, and the one place that turns errors into exit codes.
 
-Exit codes: 0 done, 1 an ``error:`` with its ``hint:`` on standard error, 2 wrong usage, 130 interrupted.
+Exit codes: 0 done, 1 an ``error:`` with its ``hint:`` on standard error, 2 wrong usage, 3 a suite in
+which some cell has no result, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ COMMANDS = (
     "pairing",
     "train",
     "distill",
+    "evaluate",
     "models",
     "doctor",
     "bundle",

@@ -1,0 +1,1 @@
+"""Models × data sets × tasks in one run: settings, rows, vectors, tasks, comparisons, subgroups, leakage, one page."""
