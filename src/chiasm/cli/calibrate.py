@@ -38,6 +38,7 @@ ScoresOption = Annotated[
 ]
 LabelsOption = Annotated[str | None, typer.Option("--labels", help='Class names: "pneumonia, normal".')]
 LabelsFileOption = Annotated[Path | None, typer.Option("--labels-file", help="Prompts, as for `chiasm zero-shot`.")]
+TemplateOption = Annotated[str | None, typer.Option("--template", help="As for `chiasm zero-shot`.")]
 MultiOption = Annotated[bool, typer.Option("--multi", help="Any number of labels can be true.")]
 TruthOption = Annotated[str, typer.Option("--truth", help="Column of the true class; `*`: a 0/1 column a label.")]
 FitPartOption = Annotated[str | None, typer.Option("--fit-split", help="Split to fit on; val by default.")]
@@ -80,6 +81,7 @@ class Source:
     model: str
     labels: str | None
     labels_file: Path | None
+    template: str | None
     multi: bool
     truth: str
     group: str | None
@@ -108,6 +110,7 @@ def run(
     model: ModelOption = "",
     labels: LabelsOption = None,
     labels_file: LabelsFileOption = None,
+    template: TemplateOption = None,
     multi: MultiOption = False,
     truth: TruthOption = "truth",
     fit_split: FitPartOption = None,
@@ -138,7 +141,7 @@ def run(
 ) -> None:
     """Score, split by patient, fit, judge, save; or apply what was saved."""
     started = time.perf_counter()
-    source = Source(scores, store, table, model, labels, labels_file, multi, truth, group, column, root, device,
+    source = Source(scores, store, table, model, labels, labels_file, template, multi, truth, group, column, root, device,
                     batch_size, as_json)  # fmt: skip
     _check_source(source, csv, apply)
     if apply is not None:
@@ -206,7 +209,7 @@ def _zero_shot(source: Source, with_truth: bool) -> Scored:
     from chiasm.tasks.zero_shot import build_classifier, classify
     from chiasm.types import Sample
 
-    prompts = read_prompts(source.labels, source.labels_file, pairs=source.multi, template=None)
+    prompts = read_prompts(source.labels, source.labels_file, pairs=source.multi, template=source.template)
     encoder = load_encoder(source.model, device=source.device, family=None, allow_code=False)
     images = open_vectors(
         store=source.store, table=source.table, model=source.model, group=source.group, column=source.column,
@@ -398,11 +401,16 @@ def write_records(path: Path, records: Sequence[dict[str, Any]]) -> None:
 def print_records(records: Sequence[dict[str, Any]]) -> None:
     """Print calibrated probabilities and answers of the first rows."""
     shown = records[:SHOWN_ROWS]
-    keys = [k for k in (shown[0] if shown else {}) if k.split(" ")[0] in ("probability", "answer", "set")]
+    labels = [key.partition(" ")[2] for key in (shown[0] if shown else {}) if key.startswith("probability ")]
 
-    def cell(value: Any) -> str:
-        return "–" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+    def cell(record: dict[str, Any], label: str) -> str:
+        p = record[f"probability {label}"]
+        return "–" if p is None else f"{p:.2f} {record.get(f'answer {label}', '')}".strip()
 
-    print_table(("image", *keys), [(Path(str(r["id"])).name, *(cell(r[k]) for k in keys)) for r in shown])
+    rows = [[Path(str(r["id"])).name, *(cell(r, label) for label in labels)] for r in shown]
+    extra = [key for key in ("answer", "out of domain") if shown and key in shown[0]]
+    for row, record in zip(rows, shown, strict=True):
+        row += [{True: "yes", False: "no"}.get(record[key], str(record[key])) for key in extra]
+    print_table(("image", *labels, *extra), rows)
     if len(records) > len(shown):
         print(f"  ... {len(records) - len(shown)} more; `--csv FILE` or `--json` gives all")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from chiasm.cli.calibrate import print_records
 from chiasm.cli.inputs import ColumnOption, GroupOption, ImagesArgument, RootOption, SplitOption, TableOption
 from chiasm.cli.output import (
     BatchOption,
@@ -23,9 +24,40 @@ from chiasm.cli.output import (
 from chiasm.errors import InputError
 
 if TYPE_CHECKING:
+    from chiasm.cli.protocol import Question
     from chiasm.evaluate.scores import ZeroShotScores
     from chiasm.io.manifest import RejectLog
+    from chiasm.tasks.calibration_file import SavedCalibration
     from chiasm.tasks.zero_shot import ZeroShotResult
+    from chiasm.types import Embeddings
+
+LabelsOption = Annotated[str | None, typer.Option("--labels", help='Class names: "pneumonia, normal".')]
+LabelsFileOption = Annotated[
+    Path | None, typer.Option("--labels-file", help="JSON, TXT or CSV with names, synonyms, templates or pairs.")
+]
+TemplateOption = Annotated[
+    str | None, typer.Option("--template", help='"a chest film showing {}", or chest, histology, ct-mr, general.')
+]
+ProtocolOption = Annotated[
+    str | None, typer.Option("--protocol", help="A published protocol with its prompts; `list` lists them.")
+]
+VariantOption = Annotated[
+    str, typer.Option("--variant", help="Of the protocol: published, corrected, or another of its own.")
+]
+ChooseOption = Annotated[
+    str | None, typer.Option("--choose-on", help="Split whose slides choose the number of tiles (with --split).")
+]
+MultiOption = Annotated[
+    bool, typer.Option("--multi", help="Any number of labels can be true (positive/negative pairs).")
+]
+TruthOption = Annotated[
+    str | None,
+    typer.Option("--truth", help="Column of the true class; `*`: a 0/1 column a label. Scores the result."),
+]
+CalibrationOption = Annotated[
+    Path | None, typer.Option("--calibration", help="What `chiasm calibrate --save` wrote, with these prompts.")
+]
+CsvOption = Annotated[Path | None, typer.Option("--out", help="Write every row's probabilities to this CSV.")]
 
 #: Images that are printed; `--out` and `--json` give all.
 SHOWN_IMAGES = 20
@@ -34,35 +66,21 @@ SHOWN_IMAGES = 20
 def run(
     images: ImagesArgument = None,
     model: ModelOption = "",
-    labels: Annotated[str | None, typer.Option("--labels", help='Class names: "pneumonia, normal".')] = None,
-    labels_file: Annotated[
-        Path | None, typer.Option("--labels-file", help="JSON, TXT or CSV with names, synonyms, templates or pairs.")
-    ] = None,
-    template: Annotated[
-        str | None, typer.Option("--template", help='"a chest film showing {}", or chest, histology, ct-mr, general.')
-    ] = None,
-    protocol: Annotated[
-        str | None, typer.Option("--protocol", help="A published protocol with its prompts; `list` lists them.")
-    ] = None,
-    variant: Annotated[
-        str, typer.Option("--variant", help="Of the protocol: published, corrected, or another of its own.")
-    ] = "published",
-    choose_on: Annotated[
-        str | None, typer.Option("--choose-on", help="Split whose slides choose the number of tiles (with --split).")
-    ] = None,
-    multi: Annotated[
-        bool, typer.Option("--multi", help="Any number of labels can be true (positive/negative pairs).")
-    ] = False,
+    labels: LabelsOption = None,
+    labels_file: LabelsFileOption = None,
+    template: TemplateOption = None,
+    protocol: ProtocolOption = None,
+    variant: VariantOption = "published",
+    choose_on: ChooseOption = None,
+    multi: MultiOption = False,
     table: TableOption = None,
     split: SplitOption = None,
-    truth: Annotated[
-        str | None,
-        typer.Option("--truth", help="Column of the true class; `*`: a 0/1 column a label. Scores the result."),
-    ] = None,
+    truth: TruthOption = None,
     group: GroupOption = None,
     column: ColumnOption = None,
     root: RootOption = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Write every row's probabilities to this CSV.")] = None,
+    calibration: CalibrationOption = None,
+    out: CsvOption = None,
     device: DeviceOption = "cpu",
     batch_size: BatchOption = 32,
     seed: SeedOption = 0,
@@ -84,6 +102,7 @@ def run(
     )
     if truth is not None and table is None:
         raise InputError("`--truth` names a column, but no table was given", hint="add `--table t.csv`")
+    saved = None if calibration is None else _read_calibration(calibration, question)
     rows = read_images(images, table, group=group, columns=column, root=root, split=split)
     units = by_protocol.slide_samples(rows.samples, truth or "") if question.pools else rows.samples
     if truth is not None:
@@ -101,25 +120,61 @@ def run(
     if choose_on is not None:
         options: dict[str, Any] = {"truth": truth, "batch_size": batch_size, "seed": seed}
         results = by_protocol.choose_tiles(question, encoder, results, held, choose_on, **options)
+    calibrated = None if saved is None else _calibrated(saved, results, embedded)
     if out is not None:  # before the scoring, which may find the truth unusable
-        write_bytes_atomic(out, _csv(results).encode())
+        write_bytes_atomic(out, _csv(results, calibrated).encode())
     scores = {} if truth is None else by_protocol.score_all(results, units, truth, seed)
     if as_json:
-        about = {"data": rows.name, "rejected": len(rejects), "reasons": rejects.counts()}
+        about: dict[str, Any] = {"data": rows.name, "rejected": len(rejects), "reasons": rejects.counts()}
+        about |= {} if calibrated is None else {"calibrated": calibrated}
         documents = {j: _document(result, scores.get(j)) for j, result in results.items()}
         print_json(about | ({"by_tiles": documents} if question.pools else documents[0]))
         return
-    _print_results(results, scores, rejects)
+    _print_results(results, scores, rejects, calibrated)
 
 
-def _print_results(results: dict[int, ZeroShotResult], scores: dict[int, ZeroShotScores], rejects: RejectLog) -> None:
+def _read_calibration(path: Path, question: Question) -> SavedCalibration:
+    """Return a calibration, before a model is loaded; one of other labels is missed here, of another space later."""
+    from chiasm.tasks.calibration_file import load_calibration
+
+    if question.pools:
+        raise InputError("--calibration is of images; this protocol classifies slides")
+    saved = load_calibration(path)
+    origin = saved.calibration.origin
+    if (origin.labels, origin.mode) != (question.prompts.names, question.mode):
+        raise InputError(
+            f"the calibration is of {', '.join(origin.labels)} ({origin.mode}), the question of "
+            f"{', '.join(question.prompts.names)} ({question.mode})",
+            hint="use the labels and prompts that it was fitted with; --multi for labels of which several can be true",
+        )
+    return saved
+
+
+def _calibrated(
+    saved: SavedCalibration, results: dict[int, ZeroShotResult], images: Embeddings
+) -> list[dict[str, Any]]:
+    """Return calibrated probabilities and answers, one flat record an image."""
+    import numpy as np
+
+    from chiasm.tasks.scored_rows import rows_of
+
+    result = results[0]
+    return saved.records(rows_of(result, np.full(result.logits.shape, np.nan)), images)
+
+
+def _print_results(
+    results: dict[int, ZeroShotResult],
+    scores: dict[int, ZeroShotScores],
+    rejects: RejectLog,
+    calibrated: list[dict[str, Any]] | None,
+) -> None:
     """Print the results, what is to be known of them, and their scores; under 0 stands the only one."""
     from chiasm.cli.inputs import say_rejected
 
     for j, result in results.items():
         if j:
             print(f"mean of the best {j} tiles")
-        _print_result(result)
+        _print_result(result) if calibrated is None else print_records(calibrated)
         if j == list(results)[-1]:
             say_rejected(rejects)
             _print_protocol(result)
@@ -128,10 +183,15 @@ def _print_results(results: dict[int, ZeroShotResult], scores: dict[int, ZeroSho
             print_table(("measure", "value [95 % interval]", "n", "chance", "majority"), scores[j].table())
 
 
-def _csv(results: dict[int, ZeroShotResult]) -> str:
-    """Return the probabilities as CSV; those of several numbers of tiles below each other, with a column ``tiles``."""
+def _csv(results: dict[int, ZeroShotResult], calibrated: list[dict[str, Any]] | None) -> str:
+    """Return the probabilities as CSV; those of several numbers of tiles below each other, with a column ``tiles``.
+
+    With a calibration its probabilities and answers stand in their place.
+    """
     import pandas as pd
 
+    if calibrated is not None:
+        return str(pd.DataFrame(calibrated).to_csv(index=False))
     frames = [r.to_frame() if j == 0 else r.to_frame().assign(tiles=j) for j, r in results.items()]
     return str(pd.concat(frames).to_csv(index=False))
 
