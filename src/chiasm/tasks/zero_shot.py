@@ -161,6 +161,46 @@ def build_classifier(
     )
 
 
+def classifier_of_directions(
+    labels: Sequence[str],
+    positive: NDArray[np.float32],
+    negative: NDArray[np.float32] | None = None,
+    *,
+    space: Space,
+    logit_scale: float | None = None,
+    logit_bias: float | None = None,
+) -> TextClassifier:
+    """Return a classifier of directions that no text has: learned prompts, say.
+
+    Args:
+        labels: Names.
+        positive: (labels, dim) of any length.
+        negative: Against each label, or None.
+        space: Where they live.
+        logit_scale: Of the model.
+        logit_bias: Of the model.
+
+    Raises:
+        InputError: Shapes that do not fit, or a direction that is zero or not finite.
+    """
+    prompts = PromptSet(
+        tuple(
+            LabelPrompts(n, (f"[learned] {n}",), () if negative is None else (f"[learned: absent] {n}",))
+            for n in labels
+        )
+    )
+
+    def unit(side: NDArray[np.float32]) -> NDArray[np.float32]:
+        vectors = np.asarray(side, dtype=np.float32)
+        if vectors.shape != (len(prompts.labels), space.dim):
+            raise InputError(f"directions have shape {vectors.shape}, expected {(len(prompts.labels), space.dim)}")
+        return unit_vectors(Embeddings(vectors, prompts.names, space, "text", normalized=False), "learned prompt")
+
+    against = None if negative is None else unit(negative)
+    ways = (None,) * len(prompts.labels)
+    return TextClassifier(prompts, unit(positive), against, space, logit_scale, logit_bias, ways)
+
+
 @dataclass(frozen=True)
 class ZeroShotResult:
     """What a zero-shot classifier says about every image.
