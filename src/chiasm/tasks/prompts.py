@@ -18,37 +18,14 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from chiasm.errors import InputError, UnknownName
+from chiasm.tasks.prompt_words import TemplateLists, negated
 from chiasm.types import digest_of
 
 PLACEHOLDER = re.compile(r"\{(?:c|label|name|classname)?\}|\bCLASSNAME\b")
 SIDES = ("left", "right")
 
-TEMPLATES: Mapping[str, tuple[str, ...]] = {
-    "general": ("{}", "{}.", "an image of {}", "a medical image showing {}", "this is {}", "findings: {}"),
-    "chest": (
-        "{}",
-        "a chest x-ray showing {}",
-        "a frontal chest radiograph with {}",
-        "there is {}",
-        "findings: {}",
-        "impression: {}",
-    ),
-    "histology": (
-        "{}",
-        "a histology image of {}",
-        "an H&E stained image of {}",
-        "a photomicrograph showing {}",
-        "a pathology tissue sample with {}",
-        "presence of {} in the tissue",
-    ),
-    "ct-mr": (
-        "{}",
-        "a radiology image of {}",
-        "a cross-sectional image showing {}",
-        "an axial image of {}",
-        "imaging demonstrates {}",
-    ),
-}
+#: Sets of templates by the kind of image (``prompt_words/templates.toml``).
+TEMPLATES: Mapping[str, tuple[str, ...]] = TemplateLists()
 #: Templates that state presence and absence, one to one (the first pair is CheXzero's).
 POSITIVE_TEMPLATES = ("{}", "evidence of {}", "there is {}", "{} is present")
 NEGATIVE_TEMPLATES = ("no {}", "no evidence of {}", "there is no {}", "{} is absent")
@@ -104,8 +81,11 @@ def fill(template: str, name: str) -> str:
 
 
 def negate(template: str) -> str:
-    """Return the template with "no" before the place of the label: ``a film showing {}`` → ``a film showing no {}``."""
-    return PLACEHOLDER.sub(lambda match: f"no {match.group(0)}", template)
+    """Return the template in the negative, by the rules of ``prompt_words/negation.toml``.
+
+    ``a film showing {}`` → ``a film showing no {}``, ``an image of {}`` → ``an image without {}``.
+    """
+    return negated(template, PLACEHOLDER)
 
 
 def says_normal(name: str) -> bool:
