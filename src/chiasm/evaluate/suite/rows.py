@@ -7,8 +7,9 @@ keys of cells are made of. Nothing here knows a model.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def read_rows(name: str, entry: DataEntry, *, seed: int) -> DataRows:
     named: dict[str, Any] = dict(entry.columns)
     columns = Columns(**named) if named else None
     data = open_dataset(source, columns=columns, root=root, require=("image",))
-    samples = data.samples
+    samples = _without_texts(data.samples, entry.drop_texts, where)
     if len({s.id for s in samples}) < len(samples):
         raise InputError(f"ids of data set `{name}` are repeated", hint="name a column of unique ids: columns.id")
     truth = np.zeros((len(samples), 0))
@@ -129,11 +130,23 @@ def read_rows(name: str, entry: DataEntry, *, seed: int) -> DataRows:
     )  # fmt: skip
 
 
+def _without_texts(samples: tuple[Sample, ...], patterns: Sequence[str], where: str) -> tuple[Sample, ...]:
+    """Return the samples, those whose text matches a pattern without a text."""
+    if not patterns:
+        return samples
+    try:
+        found = [re.compile(p, re.IGNORECASE) for p in patterns]
+    except re.error as error:
+        raise InputError(f"`{where}.drop_texts` holds no regular expression: {error}") from error
+    return tuple(replace(s, text=None) if s.text and any(f.search(s.text) for f in found) else s for s in samples)
+
+
 def _parts(entry: DataEntry, samples: Sequence[Sample], truth: Floats, seed: int, name: str) -> tuple[str | None, ...]:
     if entry.fractions:
         stratify: list[LabelValue] | None = None
         if truth.shape[1]:
-            stratify = [None if np.isnan(row).all() else int(np.nanargmax(row)) for row in truth]
+            # By the first label that is true; -1: none is.
+            stratify = [None if np.isnan(r).all() else int((r == 1).argmax()) if (r == 1).any() else -1 for r in truth]
         return tuple(split_by_group([s.group for s in samples], entry.fractions, seed=seed, stratify=stratify))
     if entry.split:
         names = {value: part for part, value in entry.split.items()}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from chiasm.config import to_mapping
-from chiasm.errors import ChiasmError, UnknownName
+from chiasm.errors import ChiasmError, InputError, UnknownName
 from chiasm.evaluate.run_card import RunCard, make_run_card, package_versions
 from chiasm.evaluate.suite.cells import CellOutcome, cell_key, read_cell, write_cell
 from chiasm.evaluate.suite.comparisons import (
@@ -31,8 +31,8 @@ from chiasm.evaluate.suite.leakage import DataLeakage, Exposure, find_exposure, 
 from chiasm.evaluate.suite.questions import ask, question_digest, read_question
 from chiasm.evaluate.suite.rows import DataRows, read_rows
 from chiasm.evaluate.suite.settings import Suite, TaskEntry
-from chiasm.evaluate.suite.tasks import SUITE_TASKS, Cell
-from chiasm.evaluate.suite.vectors import ModelVectors
+from chiasm.evaluate.suite.tasks import SUITE_TASKS, Cell, no_training_rows
+from chiasm.evaluate.suite.vectors import ModelVectors, no_text_tower
 from chiasm.io.manifest import write_json_atomic
 from chiasm.progress import Progress, SilentProgress
 from chiasm.types import Modality, digest_of
@@ -166,6 +166,7 @@ def plan_suite(suite: Suite, folder: Path, *, only: Sequence[str] = ()) -> tuple
         try:
             key = work.key(model, rows, task)
             vectors = work.models[model]
+            work.check(model, rows, task)
             earlier = read_cell(folder, key)
             sides: tuple[Modality, ...] = (
                 ("image", "text") if "texts" in SUITE_TASKS.get(task.kind).uses else ("image",)
@@ -247,6 +248,7 @@ class _Work:
                 if read_cell(self.folder, self.key(model, rows, task)) is not None:
                     continue
                 uses = SUITE_TASKS.get(task.kind).uses
+                self.check(model, rows, task)
                 vectors.images(rows, self.bar)
                 if "texts" in uses:
                     vectors.texts(rows, self.bar)
@@ -254,6 +256,21 @@ class _Work:
                     ask(read_question(rows.entry), vectors)
             except (ChiasmError, *FOREIGN) as error:
                 self._failures[model, data, task.name] = _reason(error)
+
+    def check(self, model: str, rows: DataRows, task: TaskEntry) -> None:
+        """Raise what can be known before anything is embedded: no labels, no training rows, no texts, no text tower."""
+        uses = SUITE_TASKS.get(task.kind).uses
+        if "labels" in uses and not rows.labels:
+            raise InputError(
+                f"data set `{rows.name}` has no labels",
+                hint="name `labels` and `truth`, or leave the task to others: data = [...]",
+            )
+        if "train" in uses and "train" not in rows.parts:
+            raise no_training_rows(rows.name)
+        if "texts" in uses and not rows.has_text:
+            raise InputError(f"data set `{rows.name}` has no texts to search by", hint='columns = { text = "NAME" }')
+        if {"texts", "prompts"} & {*uses} and not self.models[model].has_text:
+            raise no_text_tower(model)
 
     def forget(self, model: str) -> None:
         """Let the weights go."""
@@ -276,8 +293,6 @@ class _Work:
             vectors = self.models[model]
             question = read_question(rows.entry) if "prompts" in kind.uses else None
             images = vectors.images(rows)
-            if "labels" in kind.uses and not rows.labels:
-                raise _no_labels(rows)
             cell = Cell(
                 rows,
                 images,
@@ -395,15 +410,6 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, ChiasmError):
         return error.message + (f" (hint: {error.hint})" if error.hint else "")
     return f"{type(error).__name__} inside a library; `--debug` shows it"
-
-
-def _no_labels(rows: DataRows) -> ChiasmError:
-    from chiasm.errors import InputError
-
-    return InputError(
-        f"data set `{rows.name}` has no labels",
-        hint="name `labels` and `truth`, or leave the task to others: data = [...]",
-    )
 
 
 def _no_prompts(images: Any) -> Any:

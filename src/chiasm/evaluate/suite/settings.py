@@ -69,6 +69,7 @@ class DataEntry:
         fractions: Part -> share of the patients, drawn anew with the suite's seed; in place of ``split``.
         subgroups: Columns whose groups are compared; None: those that look like sex, age, view or site.
         bands: Column of numbers -> where its bands are cut.
+        drop_texts: Regular expressions (case ignored) of texts that are no text: placeholders, say.
         known_as: Names under which `chiasm models` knows the data, for the overlap with training data.
     """
 
@@ -86,6 +87,7 @@ class DataEntry:
     fractions: Mapping[str, float] = field(default_factory=dict)
     subgroups: tuple[str, ...] | None = None
     bands: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    drop_texts: tuple[str, ...] = ()
     known_as: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -307,11 +307,16 @@ def _fitted(cell: Cell, make: Callable[[], Any]) -> TaskResult:
 def _training(cell: Cell) -> tuple[Embeddings, Rows]:
     train, rows = cell.part("train")
     if not len(train):
-        raise InputError(
-            f"data set `{cell.data.name}` has no training rows",
-            hint="name its parts with `split`, or draw them by patient with `fractions`",
-        )
+        raise no_training_rows(cell.data.name)
     return train, rows
+
+
+def no_training_rows(data: str) -> InputError:
+    """Return the error of a task that is fitted, on data without a part to fit on."""
+    return InputError(
+        f"data set `{data}` has no training rows",
+        hint="name its parts with `split`, or draw them by patient with `fractions`",
+    )
 
 
 def _problems(truth: Floats, mode: str) -> list[tuple[tuple[int, ...], NDArray[np.int64]]]:

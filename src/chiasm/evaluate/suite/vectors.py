@@ -122,7 +122,7 @@ class ModelVectors:
     def texts(self, rows: DataRows, progress: Progress | None = None) -> Embeddings:
         """Return the vectors of the data set's texts; rows without one are absent."""
         if not self.has_text:
-            raise InputError(f"model `{self.name}` has no text tower, so texts cannot be searched")
+            raise no_text_tower(self.name)
         return self._read(rows, "text", progress)
 
     def is_stored(self, rows: DataRows, modality: Modality) -> bool:
@@ -156,10 +156,7 @@ class ModelVectors:
     def sentences(self, texts: Sequence[str], *, normalize: bool = True) -> Embeddings:
         """Return the vectors of prompts, from the folder of the run where they were computed before."""
         if not self.has_text:
-            raise InputError(
-                f"model `{self.name}` has no text tower, so it cannot classify by sentences",
-                hint="linear_probe, knn and prototype work without one",
-            )
+            raise no_text_tower(self.name)
         key = digest_of([self.space.to_dict(), list(texts), normalize], 24)
         path = self.folder / "prompts" / f"{key}.npy"
         vectors = _read_array(path, (len(texts), self.space.dim))
@@ -178,6 +175,14 @@ class ModelVectors:
             logit_scale=self.identity.logit_scale, logit_bias=self.identity.logit_bias, texts=tuple(texts),
             members=self.identity.members,
         )  # fmt: skip
+
+
+def no_text_tower(model: str) -> InputError:
+    """Return the error of a task that needs sentences, with a model that cannot embed them."""
+    return InputError(
+        f"model `{model}` has no text tower, so it knows no sentences",
+        hint="linear_probe, knn, prototype and few_shot work without one",
+    )
 
 
 def lookup(known: Embeddings) -> Callable[[list[str]], Embeddings]:
