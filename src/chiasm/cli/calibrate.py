@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     from chiasm.tasks.scored_rows import ScoredRows
     from chiasm.types import Embeddings
 
-#: Names of parts that are taken for validation and test when nothing else is said.
-FIT_PARTS = ("val", "valid", "validation", "calibration")
-TEST_PARTS = ("test",)
 #: Rows that ``--apply`` prints; ``--csv`` and ``--json`` give all.
 SHOWN_ROWS = 20
 
@@ -151,10 +148,12 @@ def run(
         raise InputError("--out-of-domain needs images of the kind to compare with", hint="add --in-domain STORE")
     from chiasm.evaluate.calibration_scores import score_calibration
     from chiasm.tasks.calibrated import CalibrationPlan, fit_calibration
+    from chiasm.tasks.scored_rows import choose_parts
 
     plan = CalibrationPlan(cast(Any, method), sensitivity, specificity, conservative, coverage, by_class, seed=seed)
     scored = _score(source)
-    fitting, judging, split = _split(scored, fit_split, test_split, fit_share, seed)
+    fitting, judging, split = choose_parts(scored.parts, scored.rows.groups, fit=fit_split, test=test_split,
+                                           share=fit_share, seed=seed)  # fmt: skip
     calibration = fit_calibration(scored.rows.select(fitting), plan)
     found = score_calibration(calibration, scored.rows.select(judging), n_resamples=resamples, seed=seed)
     domain: DomainReference | None = None
@@ -234,36 +233,6 @@ def _zero_shot(source: Source, with_truth: bool) -> Scored:
         images,
         tuple(prompts.texts()),
     )
-
-
-def _split(
-    scored: Scored, fit_split: str | None, test_split: str | None, share: float, seed: int
-) -> tuple[NDArray[np.intp], NDArray[np.intp], str]:
-    """Return the rows to fit on, the rows to judge on, and in words how they were told apart."""
-    import numpy as np
-
-    from chiasm.tasks.scored_rows import check_disjoint, deal_patients
-
-    if (fit_split is None) != (test_split is None):
-        raise InputError("name both --fit-split and --test-split, or none of them")
-    known = {p for p in scored.parts if p is not None}
-    fit = fit_split or next((p for p in FIT_PARTS if p in known), None)
-    test = test_split or next((p for p in TEST_PARTS if p in known), None)
-    if fit is None or test is None:
-        chosen = deal_patients(scored.rows.groups, share, seed=seed)
-        return (
-            np.flatnonzero(chosen),
-            np.flatnonzero(~chosen),
-            f"{share:.0%} of the patients drawn at random, seed {seed}",
-        )
-    for name in (fit, test):
-        if name not in known:
-            raise InputError(f"no row has split `{name}`", hint=f"splits: {', '.join(sorted(known)) or 'none'}")
-    parts = np.array([p or "" for p in scored.parts])
-    fitting, judging = np.flatnonzero(parts == fit), np.flatnonzero(parts == test)
-    groups = scored.rows.groups
-    check_disjoint([groups[i] for i in fitting], [groups[i] for i in judging])
-    return fitting, judging, f"fitted on `{fit}`, judged on `{test}`"
 
 
 def _domain(

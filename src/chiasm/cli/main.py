@@ -23,6 +23,7 @@ COMMANDS = (
     "few_shot",
     "calibrate",
     "moderate",
+    "moderate",
     "retrieval",
     "explain",
     "explore",

@@ -21,6 +21,10 @@ from chiasm.tasks.prompts import PromptSet
 from chiasm.tasks.zero_shot import Mode, ZeroShotResult, sigmoid, softmax
 from chiasm.types import Space, digest_of
 
+#: Names of parts that are taken for validation and test when nothing else is said.
+FIT_PARTS = ("val", "valid", "validation", "calibration")
+TEST_PARTS = ("test",)
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -183,6 +187,51 @@ def deal_patients(groups: Sequence[str], share: float, *, seed: int = 0) -> NDAr
     taken = min(max(round(share * clusters.count), 1), clusters.count - 1)
     drawn = np.random.default_rng([seed, 7]).permutation(clusters.count)[:taken]
     return np.asarray(np.isin(clusters.of_row, drawn), dtype=bool)
+
+
+def choose_parts(
+    parts: Sequence[str | None],
+    groups: Sequence[str],
+    *,
+    fit: str | None = None,
+    test: str | None = None,
+    share: float = 0.5,
+    seed: int = 0,
+) -> tuple[NDArray[np.intp], NDArray[np.intp], str]:
+    """Return the rows to fit on, the rows to judge on, and in words how they were told apart.
+
+    Args:
+        parts: The split of each row, None where unknown.
+        groups: Patient of each row.
+        fit: Name of the part to fit on; None: ``val`` or the like, where there is such a part.
+        test: Name of the part to judge on; None: ``test``.
+        share: Of the patients, to fit on, where the rows have no such parts.
+        seed: Of that draw.
+
+    Raises:
+        InputError: For one name without the other, or a part that no row has.
+        LeakageError: When a patient is in both parts.
+    """
+    if (fit is None) != (test is None):
+        raise InputError("name both the part to fit on and the part to judge on, or none of them",
+                         hint="--fit-split val --test-split test")  # fmt: skip
+    known = {p for p in parts if p is not None}
+    fit = fit or next((p for p in FIT_PARTS if p in known), None)
+    test = test or next((p for p in TEST_PARTS if p in known), None)
+    if fit is None or test is None:
+        chosen = deal_patients(groups, share, seed=seed)
+        return (
+            np.flatnonzero(chosen),
+            np.flatnonzero(~chosen),
+            f"{share:.0%} of the patients drawn at random, seed {seed}",
+        )
+    for name in (fit, test):
+        if name not in known:
+            raise InputError(f"no row has split `{name}`", hint=f"splits: {', '.join(sorted(known)) or 'none'}")
+    place = np.array([p or "" for p in parts])
+    fitting, judging = np.flatnonzero(place == fit), np.flatnonzero(place == test)
+    check_disjoint([groups[int(i)] for i in fitting], [groups[int(i)] for i in judging])
+    return fitting, judging, f"fitted on `{fit}`, judged on `{test}`"
 
 
 def check_disjoint(fitted: Sequence[str], tested: Sequence[str]) -> None:
