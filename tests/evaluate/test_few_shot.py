@@ -162,7 +162,7 @@ def test_baselines_on_images(pictures: list[Sample]) -> None:
     labels = [i % 2 for i in range(40)]
     drawn = draw_episodes(labels, [s.group for s in pictures], np.arange(40) >= 24, shots=(2,), seeds=(0,))
     methods = {"colour": colour_method(pictures, drawn),
-               "from-scratch": from_scratch_method(pictures, drawn, image_size=16, epochs=10)}  # fmt: skip
+               "from-scratch": from_scratch_method(pictures, drawn, image_size=16, epochs=5, min_steps=40)}  # fmt: skip
     for answer in run_episodes(drawn, methods):
         assert (answer.probabilities.argmax(axis=1) == drawn.truth[drawn.test]).mean() > 0.9
         np.testing.assert_allclose(answer.probabilities.sum(axis=1), 1, atol=1e-5)

@@ -43,7 +43,13 @@ def samples_of(images: Embeddings) -> tuple[Sample, ...]:
 
 
 def from_scratch_method(
-    samples: Sequence[Sample], draws: Draws, *, image_size: int = 64, epochs: int = 30, augment: str = "chest"
+    samples: Sequence[Sample],
+    draws: Draws,
+    *,
+    image_size: int = 64,
+    epochs: int = 30,
+    min_steps: int = 120,
+    augment: str = "chest",
 ) -> Method:
     """Return the CNN without pretraining; its epoch is chosen on patients of the rows that it learns from.
 
@@ -52,6 +58,7 @@ def from_scratch_method(
         draws: From :func:`chiasm.tasks.k_shot.draw_episodes`.
         image_size: Side in pixels.
         epochs: At most.
+        min_steps: Few shots get more epochs until the optimiser has made so many steps.
         augment: Preset of :class:`~chiasm.data.augment.Augment`.
     """
     from chiasm.train.from_scratch import FromScratch, decode_images
@@ -61,7 +68,9 @@ def from_scratch_method(
 
     def method(episode: Episode) -> tuple[NDArray[np.float64], Mapping[str, Any]]:
         rows = np.concatenate([episode.train, episode.validation])
-        network = FromScratch(image_size=image_size, epochs=epochs, augment=augment, seed=episode.seed)
+        network = FromScratch(
+            image_size=image_size, epochs=epochs, min_steps=min_steps, augment=augment, seed=episode.seed
+        )
         network.fit(pixels[rows], [names[t] for t in draws.truth[rows]], [episode.patients[i] for i in rows])
         answer = np.asarray(network.predict_proba(pixels[episode.test]), dtype=np.float64)
         return answer, {"epoch": int(network.best_epoch_)}
