@@ -23,7 +23,6 @@ COMMANDS = (
     "few_shot",
     "calibrate",
     "moderate",
-    "moderate",
     "retrieval",
     "explain",
     "explore",
