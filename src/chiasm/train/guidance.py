@@ -177,8 +177,9 @@ class ClipGuidance:
     def _distances(self, vectors: Tensor, texts: Tensor) -> Tensor:
         if self.distance == "cosine":
             return 1 - vectors @ texts.T
-        chord = (vectors[:, None] - texts[None]).norm(dim=-1)
-        return 2 * (chord / 2).clamp(max=1 - 1e-7).arcsin().square()
+        chord = torch.linalg.vector_norm(vectors[:, None] - texts[None], dim=-1)
+        angle: Tensor = (chord / 2).clamp(max=1 - 1e-7).arcsin()
+        return 2 * angle.square()
 
 
 def guidance_loss(encoder: Encoder, pixels: Tensor, texts: str | Sequence[str], **options: Any) -> Tensor:
