@@ -15,7 +15,7 @@ from chiasm.tasks.prompt_words import synonym_kinds, synonyms_of, template_sets
 from chiasm.tasks.prompts import PLACEHOLDER, TEMPLATES, LabelPrompts, PromptSet, fill, negate
 
 SHIPPED = [(name, template) for name, entry in template_sets().items() for template in entry.templates]
-ODD = re.compile(r"\b(?:of|with|an?|no|without) no\b|\bno (?:no|without)\b|\ba no\b")
+ODD = re.compile(r"\b(?:of|an?|no|without) no\b|\bno (?:no|without)\b|\ba no\b")
 
 
 @pytest.mark.parametrize(("name", "template"), SHIPPED)
@@ -30,8 +30,8 @@ def test_every_shipped_template_can_be_filled_and_negated(name: str, template: s
 @pytest.mark.parametrize(
     ("template", "expected"),
     [
-        ("an image of {}", "an image without {}"),
-        ("a photo of a {}", "a photo without {}"),
+        ("an image of {}", "an image with no {}"),
+        ("a photo of a {}", "a photo with no {}"),
         ("there is a {}", "there is no {}"),
         ("this is {c}", "this is not {c}"),
         ("Presence of CLASSNAME", "absence of CLASSNAME"),
@@ -40,7 +40,7 @@ def test_every_shipped_template_can_be_filled_and_negated(name: str, template: s
         ("findings consistent with {}", "findings not consistent with {}"),
         ("suspicious for {}", "not suspicious for {}"),
         ("positive for {}", "negative for {}"),
-        ("a film with a {}", "a film without {}"),
+        ("a film with a {}", "a film with no {}"),
         ("{} seen", "no {} seen"),
         ("a film showing {}", "a film showing no {}"),
     ],

@@ -83,7 +83,7 @@ def fill(template: str, name: str) -> str:
 def negate(template: str) -> str:
     """Return the template in the negative, by the rules of ``prompt_words/negation.toml``.
 
-    ``a film showing {}`` → ``a film showing no {}``, ``an image of {}`` → ``an image without {}``.
+    ``a film showing {}`` → ``a film showing no {}``, ``an image of {}`` → ``an image with no {}``.
     """
     return negated(template, PLACEHOLDER)
 
