@@ -236,3 +236,37 @@ def test_few_shot_knn_probe_and_calibration_run_on_the_same_vectors(suite: Suite
     assert calibration.result is not None
     assert calibration.result.main.better == "lower"
     assert np.isfinite(calibration.result.main.value.value)
+
+
+def test_survival_orders_the_test_patients(suite: Suite, tmp_path: Path) -> None:
+    pytest.importorskip("sksurv")
+    from chiasm.metrics.concordance import harrell_c
+
+    settings = {"kind": "survival", "time": "survival_days", "event": "event"}
+    suite = dataclasses.replace(suite, tasks={"cox": settings}, smallest_group=8)
+    run = run_suite(suite, tmp_path, only=["model=one", "model=colours"])
+    assert not run.failed, [c.reason for c in run.failed]
+    result = run.cells[0].result
+    assert result is not None
+    rows = run.rows["films"]
+    tested = {rows.groups[int(r)] for r in result.rows}
+    assert tested == {g for g, p in zip(rows.groups, rows.parts, strict=True) if p == "test"}
+    assert len(tested) == len(result.rows)  # one row a patient
+    direct = harrell_c(result.truth[:, 0], result.truth[:, 1], result.answers[:, 0], n_resamples=20)
+    assert result.main.value.value == pytest.approx(direct.value)
+    assert [t.test.test for t in run.tests] == ["permutation"]
+    assert run.subgroups[("one", "films", "cox")]
+    # The columns are part of the cell's name.
+    other = dataclasses.replace(suite, tasks={"cox": {**settings, "time": "visit"}})
+    assert not plan_suite(other, tmp_path, only=["model=one"])[0].cached
+    gone = dataclasses.replace(suite, tasks={"cox": {**settings, "time": "days"}})
+    assert "no column `days`" in run_suite(gone, tmp_path, only=["model=colours"]).failed[0].reason
+
+
+def test_retrieval_hits_are_the_recall_that_is_compared(finished: tuple[Suite, Path, SuiteRun]) -> None:
+    cell = finished[2].cell("one", "films", "retrieval")
+    assert cell is not None
+    assert cell.result is not None
+    assert cell.result.primary == "text to image R@1"
+    assert cell.result.answers.mean() == pytest.approx(cell.result.main.value.value)
+    assert [t.test.test for t in finished[2].tests if t.task == "retrieval"] == ["permutation"]

@@ -63,9 +63,11 @@ class CellOutcome:
 def cell_key(suite: Suite, rows: DataRows, task: TaskEntry, space: Space, prompts: str | None) -> str:
     """Return a digest of everything that the result of a cell depends on."""
     versions = {k: v for k, v in package_versions().items() if k != "python"}
+    columns = getattr(task.settings, "label_columns", ())
+    extra = [[str(s.labels.get(c)) for s in rows.samples] for c in columns]
     return digest_of(
         [FORMAT, space.to_dict(), dict(rows.digests), rows.mode, prompts, task.kind, to_mapping(task.settings),
-         suite.seed, suite.n_resamples, versions],
+         suite.seed, suite.n_resamples, versions, *([extra] if extra else [])],
         32,
     )  # fmt: skip
 

@@ -210,17 +210,18 @@ def compare_groups(
     found = []
     for group in sorted(counts, key=lambda g: (-counts[g], g)):
         inside = member == group
-        own, rest = (_usable(side, truth, patients, result.measure, smallest) for side in (inside, ~inside))
+        own, rest = (_usable(side, truth, patients, result, smallest) for side in (inside, ~inside))
         if isinstance(own, str):
             found.append(GroupScore(column, group, None, None, None, None, math.nan, math.nan, suppressed=own))
             continue
         both = [k for k in own if not isinstance(rest, str) and k in rest]
         used = both or own
-        statistic = make(truth[:, used], answers[:, used])
+        of_labels = result.measure == "auroc"  # the only measure that is a mean over labels
+        wanted, given = (truth[:, used], answers[:, used]) if of_labels else (truth, answers)
+        statistic = make(wanted, given)
         within = _restricted(statistic, inside)
         kept = [patients[i] for i in np.flatnonzero(inside)]
-        of_group = make(truth[inside][:, used], answers[inside][:, used])
-        value = weighted_interval(of_group, kept, chance=result.main.value.chance, **options)
+        value = weighted_interval(make(wanted[inside], given[inside]), kept, chance=result.main.value.chance, **options)
         difference, p = None, math.nan
         if both:
             test = paired_difference(within, _restricted(statistic, ~inside), patients, **options)
@@ -273,14 +274,17 @@ def _restricted(statistic: WeightStatistic, inside: NDArray[np.bool_]) -> Weight
 
 
 def _usable(
-    inside: NDArray[np.bool_], truth: NDArray[Any], patients: Sequence[str], measure: str, smallest: int
+    inside: NDArray[np.bool_], truth: NDArray[Any], patients: Sequence[str], result: TaskResult, smallest: int
 ) -> list[int] | str:
     """Return the labels that a group can be scored on, or why there is none, without saying how small it is."""
     if len({patients[i] for i in np.flatnonzero(inside).tolist()}) < smallest:
         return f"fewer than {smallest} patients"
-    if measure != "auroc":
-        return list(range(truth.shape[1]))
     least = max(1, smallest // 4)
+    if result.measure == "cindex":
+        events = len({patients[i] for i in np.flatnonzero(inside & (truth[:, 1] == 1)).tolist()})
+        return [0] if events >= least else f"fewer than {least} events"
+    if result.measure != "auroc":
+        return [0]
     found = []
     for k in range(truth.shape[1]):
         sides = [len({patients[i] for i in np.flatnonzero(inside & (truth[:, k] == side)).tolist()}) for side in (0, 1)]

@@ -116,7 +116,8 @@ def _data_section(run: SuiteRun, data: str) -> Section:
     parts = ", ".join(f"{len(rows.rows_of(p)):,} {p}" for p in ("train", "val", "test") if len(rows.rows_of(p)))
     blocks: list[Block] = [Note(text, "warning") for text in rows.cautions]
     blocks.append(Figure(model_dots(panels, xlabels=labels, models=models),
-                         "Dots: value; bars: 95 % interval; dashed: chance.", wide=True))  # fmt: skip
+                         "Dots: value; bars: 95 % interval; dashed: chance. The interval of a calibration error can lie above it: "
+                         "resamples are noisier than the rows.", wide=True))  # fmt: skip
     blocks.append(_numbers(cells))
     blocks += _tests(run, data)
     blocks += _groups(run, data)
@@ -262,7 +263,13 @@ def _cards(run: SuiteRun) -> Section:
 
 
 def _measure_name(name: str) -> str:
-    for short, long in (("auroc", "AUROC"), ("auprc", "AUPRC"), ("ece", "calibration error"), ("brier", "Brier score")):
+    for short, long in (
+        ("auroc", "AUROC"),
+        ("concordance", "C-index"),
+        ("auprc", "AUPRC"),
+        ("ece", "calibration error"),
+        ("brier", "Brier score"),
+    ):
         if name == short or name.startswith(short + " "):
             return long + name[len(short) :]
     return name

@@ -24,6 +24,7 @@ from chiasm.metrics.classification import (
     balanced_accuracy_interval,
     majority_baseline,
 )
+from chiasm.metrics.concordance import harrell_statistic
 from chiasm.metrics.weighted import macro_auroc_statistic, mean_statistic
 from chiasm.types import Interval
 
@@ -91,9 +92,16 @@ def mean_ece_statistic(truth: Any, answers: Any) -> WeightStatistic:
     return statistic
 
 
+def concordance_statistic(truth: Any, answers: Any) -> WeightStatistic:
+    """Return Harrell's C of risks (n, 1), given time and event (n, 2), as a function of weights."""
+    given = np.asarray(truth, dtype=np.float64)
+    return harrell_statistic(given[:, 0], given[:, 1], np.asarray(answers, dtype=np.float64)[:, 0])
+
+
 MEASURES: dict[str, Measure] = {
     "auroc": Measure("AUROC", mean_auroc_statistic, ranks=True, chance=0.5),
     "ece": Measure("calibration error", mean_ece_statistic, better="lower"),
+    "cindex": Measure("concordance", concordance_statistic, ranks=True, chance=0.5),
     "hit": Measure("hits", lambda truth, answers: mean_statistic(np.asarray(answers, dtype=np.float64)[:, 0])),
 }
 

@@ -161,6 +161,26 @@ class RetrievalSettings:
             raise ConfigError("`ks` must be depths of at least 1")
 
 
+@dataclass(frozen=True)
+class SurvivalSettings:
+    """Settings of ``survival``.
+
+    Attributes:
+        time: Column of the time to event or to the end of follow-up, one value a patient.
+        event: Column that says whether the event was seen.
+        event_is: The value that means the event.
+    """
+
+    time: str
+    event: str
+    event_is: str | int = 1
+
+    @property
+    def label_columns(self) -> tuple[str, ...]:
+        """Columns of the table that the result depends on."""
+        return self.time, self.event
+
+
 @suite_task("zero_shot", "zero-shot", NoSettings, "prompts", "labels")
 def zero_shot(cell: Cell, settings: NoSettings) -> TaskResult:
     """Classify the test rows by sentences."""
@@ -266,6 +286,41 @@ def retrieval(cell: Cell, settings: RetrievalSettings) -> TaskResult:
     return TaskResult(
         numbers, f"text to image R@{settings.ks[0]}", "hit", asked, np.zeros_like(hits), hits,
         notes=(f"{found.text_to_image.corpus_size} images are searched",),
+    )  # fmt: skip
+
+
+@suite_task("survival", "survival", SurvivalSettings, "train")
+def survival(cell: Cell, settings: SurvivalSettings) -> TaskResult:
+    """Fit Cox's model with an elastic net on training and validation patients, and order the test patients by risk."""
+    from chiasm.metrics.survival import survival_target
+    from chiasm.tasks.survival import event_flags, survival_data
+    from chiasm.tasks.survival_models import CoxNet
+
+    known = sorted({k for s in cell.data.samples for k in s.labels})
+    for name in settings.label_columns:
+        if name not in known:
+            raise InputError(f"data set `{cell.data.name}` has no column `{name}`", hint=f"columns: {', '.join(known)}")
+    flags = event_flags([s.labels.get(settings.event) for s in cell.data.samples], event_is=settings.event_is)
+    parts = {}
+    for name in ("train", "val", "test"):
+        images, rows = cell.part(name)
+        if len(rows):
+            days = [cell.data.samples[r].labels.get(settings.time) for r in rows]
+            parts[name] = survival_data(images.vectors, images.groups, days, [flags[r] for r in rows])
+    fitted = [parts[name] for name in ("train", "val") if name in parts]
+    features, time, event = (np.concatenate([getattr(d, k) for d in fitted]) for k in ("features", "time", "event"))
+    model = CoxNet(seed=cell.seed).fit(features, survival_target(time, event))
+    test = parts["test"]
+    images, rows = cell.part("test")
+    first = {g: int(r) for g, r in reversed(list(zip(images.groups, rows, strict=True)))}
+    truth = np.stack([test.time, test.event.astype(np.float64)], axis=1)
+    risk = np.asarray(model.predict(test.features), dtype=np.float64)[:, None]
+    found = of_measure("cindex", truth, risk, test.patients, **cell.options)
+    return TaskResult(
+        {"concordance": Number(found, 0.5)}, "concordance", "cindex",
+        np.asarray([first[p] for p in test.patients], dtype=np.int64), truth, risk,
+        notes=(f"fitted on {len(features)} patients with {int(event.sum())} events; tested on {test.events} events",),
+        chosen=dict(model.chosen_),
     )  # fmt: skip
 
 
