@@ -84,6 +84,18 @@ def test_patients_are_dealt_and_drawn_whole() -> None:
     assert wide.high - wide.low > 1.5 * (narrow.high - narrow.low)
 
 
+def test_patients_with_several_labels_keep_them_together() -> None:
+    random = np.random.default_rng(0)
+    patients = np.repeat(np.arange(30), 8)
+    label = np.repeat(np.arange(30) % 2, 8)
+    label[::40] = 1 - label[::40]  # a row of every fifth patient differs
+    lumps = random.integers(2, size=30)[patients]
+    by_patient = cluster_agreement(lumps, label.tolist(), groups=patients.tolist(), n_resamples=2, permutations=199)
+    by_row = cluster_agreement(lumps, label.tolist(), n_resamples=2, permutations=199)
+    assert by_patient.permuted == "patients with as many rows"
+    assert by_patient.null_high["ari"] > 3 * by_row.null_high["ari"]
+
+
 def test_rows_in_no_cluster_earn_nothing() -> None:
     label = np.arange(100) % 2
     half = np.where(np.arange(100) < 50, label, -1)

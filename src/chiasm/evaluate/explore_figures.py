@@ -56,11 +56,11 @@ def static_map(
         if entries:
             handles, names = axes.get_legend_handles_labels()
             axes.legend(
-                handles[: entries + 1], names[: entries + 1], loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8.5,
-                title=column.name, markerscale=1.5, ncols=1 if entries <= 14 else 2,
+                handles[: entries + 1], names[: entries + 1], loc="upper center", bbox_to_anchor=(0.5, 0.0), fontsize=9.5,
+                title=column.name, markerscale=1.8, ncols=1 if entries < 3 else 2 if entries < 13 else 3, handletextpad=0.1,
             )  # fmt: skip
 
-    return draw(7.4, 4.6, paint)
+    return draw(6.2, 4.4 + 0.22 * min(len(column.categories), 24) / 2, paint)
 
 
 def choice_of_k(candidates: Sequence[Candidate], chosen: int) -> str:
@@ -83,7 +83,7 @@ def choice_of_k(candidates: Sequence[Candidate], chosen: int) -> str:
             axes.set_xlabel("clusters k   (dotted: taken)")
             axes.set_xticks(k)
 
-    return draw(7.4, 3.1, paint)
+    return draw(9.6, 3.0, paint)
 
 
 def labels_in_clusters(clusters: NDArray[np.int64], column: MapColumn, *, names: Sequence[str]) -> str:
@@ -112,7 +112,7 @@ def labels_in_clusters(clusters: NDArray[np.int64], column: MapColumn, *, names:
                     )  # fmt: skip
         axes.set_xlabel(f"{column.name}, per cent of the cluster")
 
-    return draw(7.4, 0.32 * len(names) + 1.5, paint)
+    return draw(10.4, 0.32 * len(names) + 1.6, paint)
 
 
 def _short(text: str, letters: int = 30) -> str:

@@ -159,8 +159,8 @@ def _clusters(found: Exploration, clustering: Clustering) -> Section:
 
 def _table(found: Exploration, clustering: Clustering) -> Table:
     columns = [c for c in found.columns if c.name in found.agreement][:2]
-    head = ["cluster", "rows", "patients", "largest patient", "found again (Jaccard)"]
-    head += [f"commonest {c.name}" for c in columns]
+    head = ["cluster", "rows", "patients", "largest patient", "found again"]
+    head += [f"mostly ({c.name})" for c in columns]
     head += ["nearest terms"] if found.terms is not None else []
     rows = []
     for c, size in enumerate(clustering.sizes):
@@ -178,7 +178,7 @@ def _table(found: Exploration, clustering: Clustering) -> Table:
     return Table(
         tuple(head),
         tuple(rows),
-        "Found again: the largest Jaccard index with a cluster of other patients, the mean over draws; above 0.75 a cluster "
+        "Largest patient: share of the cluster that one has. Found again: the largest Jaccard index with a cluster of other patients, the mean over draws; above 0.75 a cluster "
         "is stable, below 0.5 it is dissolved (Hennig 2008)."
         + (" Nearest terms: cosine with the cluster less cosine with all rows." if found.terms is not None else ""),
     )
@@ -206,6 +206,7 @@ def _agreement(found: Exploration, clustering: Clustering) -> Section:
             Figure(
                 labels_in_clusters(clustering.clusters, column, names=names),
                 f"{column.name} in each cluster; rows with a label in brackets.",
+                wide=True,
             )
         )
     return Section(
@@ -283,4 +284,4 @@ def _finite(value: float) -> float | None:
 
 
 def _number(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+    return "–" if value is None or not math.isfinite(value) else f"{round(value, digits) + 0.0:.{digits}f}"

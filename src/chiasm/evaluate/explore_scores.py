@@ -184,7 +184,12 @@ def _values(embeddings: Embeddings, other: Embeddings | None, name: str) -> tupl
 def _cluster_column(clustering: Clustering, rows: int) -> MapColumn:
     codes = np.full(rows, -1, dtype=np.int16)
     codes[: len(clustering)] = clustering.clusters
-    return MapColumn("cluster", tuple(f"cluster {c + 1}" for c in range(clustering.count)), codes, missing="no cluster")
+    return MapColumn(
+        "cluster",
+        tuple(f"cluster {c + 1}" for c in range(clustering.count)),
+        codes,
+        missing="no cluster" if rows == len(clustering) else "not clustered",
+    )
 
 
 def _side_column(sides: Sequence[str]) -> MapColumn:

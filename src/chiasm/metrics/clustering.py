@@ -4,8 +4,8 @@ Comes in: the cluster of each row (-1: in none), and a label or another clusteri
 intervals by patient.
 
 Notable choices: rows in no cluster count as one cluster of their own, so leaving hard rows out earns nothing. Chance is
-the mean over labels dealt out anew, to whole patients where each has one label: images of one patient resemble each
-other, and would look like agreement otherwise.
+the mean over labels dealt out anew to whole patients: images of one patient resemble each other, and would look like
+agreement otherwise.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class ClusterAgreement:
             labels, ``n`` the rows that have a label.
         null_high: Name to the 97.5 % quantile over permuted labels: what only one in forty reaches by chance.
         p_value: Share of permutations whose ARI reaches the observed one, in (0, 1].
-        permuted: What chance deals labels to: ``patients`` where each has one label, else ``rows``.
+        permuted: What chance deals labels to: ``patients`` where each has one label, ``patients with as many rows`` where
+            some have several, ``rows`` where no patient has several rows.
         classes: Labels that occur.
         clusters: Clusters that occur among labelled rows; rows in no cluster are one of them.
     """
@@ -224,31 +225,57 @@ def jaccard_by_cluster(reference: ArrayLike, other: ArrayLike) -> Floats:
 
 
 def _scores(a: Integers, b: Integers, weights: Floats) -> dict[str, float]:
-    from sklearn.metrics import adjusted_mutual_info_score
-
     table = contingency(a, b, weights)
-    times = weights.astype(np.int64)
     return {
         "ari": _pair_index(table, float((weights**2).sum())),
-        "ami": float(adjusted_mutual_info_score(np.repeat(a, times), np.repeat(b, times))),
+        "ami": _adjusted_information(table),
         **information_scores(table),
     }
+
+
+def _adjusted_information(table: Floats) -> float:
+    """Return the adjusted mutual information of a table of whole counts (Vinh et al. 2010), as scikit-learn has it.
+
+    From the table rather than from the rows: a resample costs a tenth of the time.
+    """
+    from sklearn.metrics.cluster import expected_mutual_information
+
+    table = table[table.sum(axis=1) > 0][:, table.sum(axis=0) > 0]
+    if min(table.shape, default=0) < 2:
+        return float(table.shape[0] == table.shape[1])
+    total = int(table.sum())
+    of_rows, of_columns = _entropy(table.sum(axis=1) / total), _entropy(table.sum(axis=0) / total)
+    mutual = max(of_rows + of_columns - _entropy((table / total).ravel()), 0.0)
+    expected = float(expected_mutual_information(table.astype(np.int64), total))
+    span = (of_rows + of_columns) / 2 - expected
+    # No room above chance: every row alone on both sides. scikit-learn calls that a perfect match, too.
+    return 1.0 if abs(span) < 1e-12 else (mutual - expected) / span
 
 
 def _permuted(
     a: Integers, b: Integers, group: NDArray[np.intp], permutations: int, seed: int
 ) -> tuple[list[dict[str, float]], str]:
-    """Return the scores under labels dealt out anew."""
+    """Return the scores under labels dealt out anew, and what they were dealt to."""
     first = np.zeros(int(group.max()) + 1, dtype=np.int64)
     first[group[::-1]] = b[::-1]
     whole = bool((first[group] == b).all())
+    # Patients whose rows have several labels keep them together: they exchange them with patients of as many rows.
+    sizes = np.bincount(group)
+    starts = np.cumsum(sizes) - sizes
+    order = np.argsort(group, kind="stable")
+    alike = [order[starts[sizes == size][:, None] + np.arange(size)] for size in np.unique(sizes) if size]
     random = np.random.default_rng(seed)
     ones = np.ones(len(a))
-    null = [
-        _scores(a, random.permutation(first)[group] if whole else random.permutation(b), ones)
-        for _ in range(permutations)
-    ]
-    return null, "patients" if whole and len(first) < len(b) else "rows"
+    null = []
+    for _ in range(permutations):
+        if whole:
+            dealt = random.permutation(first)[group]
+        else:
+            dealt = np.empty_like(b)
+            for rows in alike:
+                dealt[rows] = b[random.permutation(rows)]
+        null.append(_scores(a, dealt, ones))
+    return null, "rows" if len(first) == len(b) else "patients" if whole else "patients with as many rows"
 
 
 def _numbered(first: ArrayLike, second: ArrayLike) -> tuple[Integers, Integers]:
