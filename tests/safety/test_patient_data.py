@@ -106,6 +106,9 @@ def check_files(folder: Path, *allowed: str) -> None:
             assert CANARY.lower().encode() not in content, relative
 
 
+POLICY = Path(__file__).parents[2] / "recipes" / "moderation_chest_intake.toml"
+
+
 def test_commands_say_no_names(said: Say, model: Path, table: Path, tmp_path: Path) -> None:
     with_table = ("--table", table, "--model", model)
     messages = [
@@ -125,6 +128,12 @@ def test_commands_say_no_names(said: Say, model: Path, table: Path, tmp_path: Pa
         ("inspect", tmp_path / f"{CANARY}" / "film.png", "a", "--model", model),
         ("inspect", table, "a", "--model", tmp_path / f"{CANARY}" / "model"),
         ("explain", table, "a", "--model", model, "--out", tmp_path / "heat.png"),
+        ("calibrate", *with_table, "--labels", "normal, effusion", "--truth", "finding"),
+        ("calibrate", *with_table, "--labels", "normal, effusion", "--truth", "referrer"),
+        ("calibrate", "--scores", table, "--truth", "finding"),
+        ("calibrate", "--scores", table, "--labels", "normal, effusion", "--truth", "*"),
+        ("moderate", *with_table, "--policy", POLICY, "--truth", "referrer"),
+        ("moderate", *with_table, "--policy", tmp_path / f"{CANARY}" / "policy.toml"),
     ):
         messages.append(said(*words, code=1))
     for message in messages:

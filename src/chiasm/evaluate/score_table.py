@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from chiasm.datasets.columns import GROUP_NAMES, ID_NAMES, cell_text, find_column, plain_name
+from chiasm.datasets.columns import GROUP_NAMES, ID_NAMES, cell_text, find_column, plain_name, show_columns
 from chiasm.errors import FileFormatError, InputError
 from chiasm.metrics.bootstrap import Floats
 from chiasm.metrics.labels import as_binary
@@ -152,7 +152,7 @@ def _score_columns(
             known = {plain_name(k): c for k, c in prefixed.items()} | {plain_name(c): c for c in header}
             if plain_name(label) not in known:
                 raise InputError(f"the table has no column of scores for label `{label}`",
-                                 hint=f"columns: {', '.join(header[:12])}")  # fmt: skip
+                                 hint=f"it has {show_columns(header)}")  # fmt: skip
             found[label] = known[plain_name(label)]
     elif prefixed:
         found = prefixed
