@@ -51,9 +51,7 @@ def arms_per_label(values: Mapping[str, Mapping[str, Interval]], *, xlabel: str)
         axes.set_ylim(-0.6, len(labels) - 0.4)
         axes.grid(visible=False, axis="y")
         axes.set_xlabel(xlabel + "   (dashed: chance)")
-        axes.legend(
-            loc="upper center", bbox_to_anchor=(0.5, -0.9 / (0.42 * len(labels) + 1.2)), ncols=len(arms), fontsize=9
-        )
+        figure.legend(loc="outside lower center", ncols=len(arms), fontsize=9)
 
     return draw(6.2, 0.42 * max(1, len(labels)) + 1.7, paint)
 

@@ -46,7 +46,7 @@ def effects_page(effects: PromptEffects, card: RunCard) -> Page:
         sections.append(_effects_of(name, effects, metric))
     sections.append(_directions(effects))
     key = [
-        KeyNumber(f"{metric}, {name}", score, "plain ensemble") for name, score in list(effects.ensemble.items())[:6]
+        KeyNumber(f"{metric}, {name}", score, "plain ensemble") for name, score in list(effects.ensemble.items())[:5]
     ]
     known = "with the truth of each" if effects.metric else "without a truth: only how answers move is known"
     return Page(
@@ -66,7 +66,7 @@ def search_page(search: PromptSearch, card: RunCard) -> Page:
     key = (
         KeyNumber(f"{whole}, chosen prompts", search.test, "patients that chose nothing"),
         KeyNumber(f"{whole}, all prompts", search.test_plain, "the plain ensemble, same patients"),
-        KeyNumber("gain", search.difference, f"p = {search.p_value:.3f}"),
+        KeyNumber("gain", _bare(search.difference), f"p {_p(search.p_value, equal=True)}"),
         KeyNumber("optimism", _plain(search.optimism, search.choose_rows), "score where chosen less score elsewhere"),
     )
     found = search.difference
@@ -119,7 +119,8 @@ def tuning_page(
     """Return the page of ``chiasm prompts tune``."""
     key = [KeyNumber(f"{scores.metric}, {arm.name}", arm.whole, f"{scores.patients:,} patients") for arm in scores.arms]
     key += [
-        KeyNumber(f"gain over {name}", d, f"p = {scores.p_values[name]:.3f}") for name, d in scores.differences.items()
+        KeyNumber(f"gain over {name}", _bare(d), f"p {_p(scores.p_values[name], equal=True)}")
+        for name, d in scores.differences.items()
     ]
     arms = {label: {a.name: a.per_label[label] for a in scores.arms} for label in scores.arms[0].per_label}
     drawn = arms or {scores.metric: {a.name: a.whole for a in scores.arms}}
@@ -134,8 +135,8 @@ def tuning_page(
             (
                 label,
                 t.difference,
-                f"{t.p_raw:.3f}" if math.isfinite(t.p_raw) else "–",
-                f"{t.p:.3f}" if math.isfinite(t.p) else "–",
+                _p(t.p_raw),
+                _p(t.p),
             )
             for label, t in tests.items()
         )
@@ -183,6 +184,17 @@ def tuning_page(
 
 def _footer() -> tuple[str, ...]:
     return (f"chiasm {chiasm.__version__}.", "Research and teaching only; not a medical device.")
+
+
+def _bare(value: Interval) -> Interval:
+    """Return a difference without its chance, which is 0."""
+    return Interval(value.value, value.low, value.high, value.n)
+
+
+def _p(value: float, *, equal: bool = False) -> str:
+    if not math.isfinite(value):
+        return "–"
+    return "< 0.001" if value < 0.001 else f"{'= ' * equal}{value:.3f}"
 
 
 def _plain(value: float, n: int) -> Interval:
@@ -296,7 +308,7 @@ def _chosen(search: PromptSearch, metric: str) -> Table:
             if len(p.synonyms) == 1
             else "; ".join(f"{k}: {', '.join(n)}" for k, n in p.synonyms.items())
         )
-        p_value = f"{p.difference.p:.3f}" if math.isfinite(p.difference.p) else "–"
+        p_value = _p(p.difference.p)
         rows.append(
             (
                 p.name,

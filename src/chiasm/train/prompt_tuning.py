@@ -172,8 +172,13 @@ def nearest_words(encoder: Encoder, tuned: TunedPrompts, *, count: int = 1) -> d
     for side, context in tuned.contexts.items():
         distance = torch.cdist(torch.from_numpy(context[0]), weight)
         rows = distance.argsort(1)[:, :count].tolist()
-        found[side] = [[encoder.tokenizer.decode([int(k)]) or f"token {k}" for k in row] for row in rows]
+        found[side] = [[_word(encoder.tokenizer.decode([int(k)]), k) for k in row] for row in rows]
     return found
+
+
+def _word(piece: str, number: int) -> str:
+    """Return a token in letters, or its number where it is a byte without any."""
+    return piece if piece.strip() and piece.isprintable() and "\ufffd" not in piece else f"token {number}"
 
 
 def save_prompts(directory: str | Path, tuned: TunedPrompts) -> Path:
