@@ -30,11 +30,13 @@ class WeakLabelScores:
         findings: Finding -> agreement; a finding without given labels is absent.
         uncertain: Policy for −1.
         blank: Policy for findings that a text does not name.
+        kinds: Finding -> given label -> how many texts state, deny, doubt it, or do not name it: what the errors are.
     """
 
     findings: Mapping[str, Agreement]
     uncertain: str
     blank: str
+    kinds: Mapping[str, Mapping[str, Mapping[str, int]]]
 
     @property
     def macro_f1(self) -> float:
@@ -57,6 +59,7 @@ class WeakLabelScores:
             "macro_f1": macro if np.isfinite(macro) else None,
             "uncertain": self.uncertain,
             "blank": self.blank,
+            "kinds": {name: {g: dict(c) for g, c in kinds.items()} for name, kinds in self.kinds.items()},
         }
 
 
@@ -93,7 +96,13 @@ def score_weak_labels(
         raise InputError(
             "no finding has both weak and given labels", hint="name the column of terms, or `*` for columns of 0 and 1"
         )
-    return WeakLabelScores(found, uncertain, blank)
+    return WeakLabelScores(found, uncertain, blank, {name: _kinds(weak.column(name), truth[name]) for name in found})
+
+
+def _kinds(values: NDArray[np.float64], truth: NDArray[np.float64]) -> dict[str, dict[str, int]]:
+    """Return given label -> what the texts say."""
+    said = {"stated": values == 1, "denied": values == 0, "doubted": values == -1, "not named": np.isnan(values)}
+    return {f"given {g}": {name: int((flags & (truth == g)).sum()) for name, flags in said.items()} for g in (1, 0)}
 
 
 def given_labels(
