@@ -36,7 +36,7 @@ LabelsFileOption = Annotated[
     Path | None, typer.Option("--labels-file", help="JSON, TXT or CSV with names, synonyms, templates or pairs.")
 ]
 TemplateOption = Annotated[
-    str | None, typer.Option("--template", help='"a chest film showing {}", or chest, histology, ct-mr, general.')
+    str | None, typer.Option("--template", help='"a chest film showing {}", or a set of `chiasm prompts list`.')
 ]
 ProtocolOption = Annotated[
     str | None, typer.Option("--protocol", help="A published protocol with its prompts; `list` lists them.")
