@@ -45,7 +45,7 @@ def region_terms(
         region: In pixels of the image; None: the whole image only.
         how: How a region becomes a vector.
         reference: Ordinary images with their patients; at least 20 of others than the image's.
-        own: The image's file: its patient is left out of the reference.
+        own: The image's file: where the reference holds it or a copy, its patient is left out.
         k: Terms of each list.
         rank_by: As :func:`chiasm.tasks.terms.nearest_terms`.
         progress: Told while the reference is embedded.
@@ -78,9 +78,18 @@ def region_terms(
 def _identity(own: Path | None, reference: Sequence[Sample] | None) -> tuple[str, str | None]:
     """Return the id and patient of the image among the reference, where it is one of them."""
     for sample in reference or ():
-        if own is not None and sample.image is not None and sample.image.resolve() == own.resolve():
+        if own is not None and sample.image is not None and _is_same(sample.image, own):
             return sample.id, sample.patient
     return "the image", None
+
+
+def _is_same(first: Path, second: Path) -> bool:
+    """Return whether two paths lead to the same bytes; an image inside an archive has no bytes of its own to compare."""
+    if not first.is_file() or not second.is_file():
+        return False
+    if first.samefile(second):
+        return True
+    return first.stat().st_size == second.stat().st_size and first.read_bytes() == second.read_bytes()
 
 
 def _open(sample: Sample) -> Image:
