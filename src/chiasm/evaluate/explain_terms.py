@@ -2,7 +2,8 @@
 
 Comes in: an encoder, an image, a vocabulary, perhaps a box and reference images. Goes out: lists of terms
 (:mod:`chiasm.tasks.terms`). For a region the reference is the same place of the reference images, made in the same way:
-a covered or cropped picture is unusual in itself, and only the like can be compared.
+a covered or cropped picture is unusual in itself, and only the like can be compared. Reference images whose crop misses
+the place are left out.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def region_terms(
         InputError: As :func:`chiasm.tasks.terms.nearest_terms` and :func:`chiasm.explain.regions.embed_regions`.
     """
     from chiasm.embed import embed_images, embed_texts
-    from chiasm.explain.regions import embed_regions, scale_box
+    from chiasm.explain.regions import embed_regions, scale_box, sees_region
 
     words = load_vocabulary(vocabulary)
     terms = embed_texts(encoder, words.terms)
@@ -67,10 +68,13 @@ def region_terms(
         place = embed_regions(encoder, [image], [region], how=how, ids=[identity], patients=[patient])
         same: Embeddings | None = None
         if reference is not None:
-            pictures = [_open(sample) for sample in reference]
-            boxes = [scale_box(region, image.size, picture.size) for picture in pictures]
-            ids, patients = [s.id for s in reference], [s.patient for s in reference]
-            same = embed_regions(encoder, pictures, boxes, how=how, ids=ids, patients=patients)
+            all_of = [(sample, _open(sample)) for sample in reference]
+            placed = [(sample, picture, scale_box(region, image.size, picture.size)) for sample, picture in all_of]
+            kept = [row for row in placed if how == "crop" or sees_region(encoder, row[1].size, row[2])]
+            ids, patients = [s.id for s, _, _ in kept], [s.patient for s, _, _ in kept]
+            if kept:
+                pictures, boxes = [p for _, p, _ in kept], [b for _, _, b in kept]
+                same = embed_regions(encoder, pictures, boxes, how=how, ids=ids, patients=patients)
         found.append(("region", nearest_terms(place, terms, same, **options)[0]))  # type: ignore[arg-type]
     return found
 

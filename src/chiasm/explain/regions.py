@@ -81,6 +81,15 @@ def embed_regions(
     )
 
 
+def sees_region(encoder: Encoder, image_size: tuple[int, int], box: Box) -> bool:
+    """Return whether the model's view of an image of this width and height holds some of a box; a crop can miss it."""
+    try:
+        _mask(encoder, image_size, _inside(box, image_size), encoder.preprocess_spec.size)
+    except InputError:
+        return False
+    return True
+
+
 def scale_box(box: Box, of: tuple[int, int], to: tuple[int, int]) -> Box:
     """Return the same place on an image of another width and height."""
     x, y = to[0] / of[0], to[1] / of[1]
