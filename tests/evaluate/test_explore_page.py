@@ -121,6 +121,12 @@ def test_wrong_columns() -> None:
         explore(rows(), colour=["note"], method="pca")
 
 
+def test_a_label_may_be_called_cluster() -> None:
+    found = explore(rows(labels={"cluster": tuple("ab" * 30)}), clusters=QUICK, method="pca")
+    assert [c.name for c in found.columns] == ["cluster", "cluster (label)"]
+    assert list(found.agreement) == ["cluster (label)"]
+
+
 def test_terms_describe_clusters() -> None:
     one = rows()
     terms = Embeddings(

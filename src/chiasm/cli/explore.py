@@ -250,13 +250,13 @@ def _write_points(out: Path, found: Exploration) -> None:
         "y": [float(y) for y in found.projection.xy[:, 1]],
     }
     for c in found.columns:
-        if c.name not in table and c.name != "side":
+        if c.name != "side":
             table[c.name] = [c.categories[code] if code >= 0 else None for code in c.codes.tolist()]
     buffer = io.StringIO(newline="")
     writer = csv.writer(buffer)
     writer.writerow(table)
     writer.writerows(zip(*table.values(), strict=True))
-    write_bytes_atomic(out / "points.csv", buffer.getvalue().encode())
+    write_bytes_atomic(out / "points.csv", buffer.getvalue().encode(errors="surrogateescape"))
     sink = io.BytesIO()
     parquet.write_table(pa.table(table), sink)
     write_bytes_atomic(out / "points.parquet", sink.getvalue())

@@ -22,6 +22,8 @@ from chiasm.types import Embeddings, LabelValue
 
 #: Columns that are compared with clusters when none was named.
 MOST_COMPARED = 6
+#: Names that the table of points uses itself.
+TAKEN = ("id", "modality", "x", "y", "cluster", "side", "text")
 #: Above so many rows fewer resamples and permutations are drawn.
 MANY_ROWS = 10_000
 
@@ -161,7 +163,7 @@ def _columns(
     found: list[MapColumn] = []
     left_out: list[str] = []
     for name in dict.fromkeys(colour or known):
-        column = map_column(name, known[name])
+        column = map_column(f"{name} (label)" if name in TAKEN else name, known[name])
         if column is not None:
             found.append(column)
             continue

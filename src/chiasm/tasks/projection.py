@@ -232,8 +232,9 @@ def project(
     if n < least:
         raise InputError(f"{method} needs at least {least} rows, got {n}")
     gap = modality_gap(unit, modalities) if len(set(modalities)) == 2 else None
-    points = unit.copy()
+    points = unit
     if center_modalities:
+        points = unit.copy()
         for modality in set(modalities):
             rows = np.asarray([m == modality for m in modalities])
             points[rows] -= points[rows].mean(axis=0)
