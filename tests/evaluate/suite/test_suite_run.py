@@ -161,6 +161,25 @@ def test_what_a_cell_depends_on_is_in_its_name(finished: tuple[Suite, Path, Suit
     assert not cached(dataclasses.replace(suite, models={**suite.models, "one": other}))
 
 
+def test_the_seed_is_in_the_name_even_where_it_draws_no_parts(finished: tuple[Suite, Path, SuiteRun]) -> None:
+    from chiasm.evaluate.suite.cells import cell_key
+    from chiasm.types import Space
+
+    suite, _, run = finished
+    rows, space = run.rows["films"], Space("m", "w", "p", 4)
+    tasks = {t.name: t for t in suite.entries}
+    names = {
+        cell_key(suite, rows, tasks["prototype"], space, None),
+        cell_key(dataclasses.replace(suite, seed=9), rows, tasks["prototype"], space, None),
+        cell_key(suite, rows, tasks["zero_shot"], space, None),
+        cell_key(suite, rows, tasks["prototype"], space, "prompts"),
+        cell_key(suite, rows, tasks["prototype"], dataclasses.replace(space, weights="v"), None),
+        cell_key(suite, rows, tasks["prototype"], dataclasses.replace(space, preprocess="q"), None),
+    }
+    assert len(names) == 6
+    assert cell_key(suite, rows, tasks["prototype"], space, None) in names
+
+
 def test_a_changed_picture_is_embedded_again(suite_dir: Path, suite: Suite, tmp_path: Path) -> None:
     import shutil
 
@@ -213,6 +232,11 @@ def test_a_library_that_breaks_down_fails_one_cell_and_quotes_no_data(
 def test_only_narrows_and_unknown_names_are_met(suite: Suite) -> None:
     assert [(m, t.name) for m, _, t in wanted_cells(suite, ["model=one", "task=zero_shot"])] == [("one", "zero_shot")]
     assert len(wanted_cells(suite, ["model=one", "model=two"])) == 6
+    other = {**suite.data, "more": suite.data["films"]}
+    models = {**suite.models, "one": dataclasses.replace(suite.models["one"], data=("more",))}
+    both = dataclasses.replace(suite, data=other, models=models)
+    assert {d for _, d, _ in wanted_cells(both, ["model=one"])} == {"more"}
+    assert {d for _, d, _ in wanted_cells(both, ["model=two"])} == {"films", "more"}
     with pytest.raises(UnknownName, match="did you mean `one`"):
         wanted_cells(suite, ["model=on"])
     with pytest.raises(UnknownName, match="part of a suite"):

@@ -120,7 +120,7 @@ def model_dots(
                 axes.plot([low, high], [row, row], color=colour[name], linewidth=4, alpha=0.35, solid_capstyle="round")
                 axes.plot([number.value], [row], "o", color=colour[name], markersize=7)
                 axes.annotate(f"{number.value:.2f}", (number.value, row), xytext=(0, 7), textcoords="offset points",
-                              ha="center", fontsize=8)  # fmt: skip
+                              ha="center", fontsize=8, bbox={"facecolor": "#ffffff", "edgecolor": "none", "alpha": 0.75, "pad": 0.4})  # fmt: skip
                 if number.chance is not None:
                     axes.plot(
                         [number.chance] * 2, [row - 0.42, row + 0.42], color=WARM, linewidth=1.6, linestyle=(0, (3, 2))

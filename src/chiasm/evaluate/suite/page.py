@@ -76,7 +76,7 @@ def _summary(run: SuiteRun) -> Section:
         for model, result in found:
             main = result.main
             mark = "better than every other" if run.best.get((data, task)) == model else ""
-            rows.append((data, task, model, _measure_name(result.primary), main.value, _number(main.value.chance), _number(main.majority),
+            rows.append((data, task, model, _measure_name(result.primary), _interval(main.value), _number(main.value.chance), _number(main.majority),
                          main.value.n, mark))  # fmt: skip
     return Section(
         "Models × tasks",
@@ -133,7 +133,7 @@ def _numbers(cells: Sequence[CellOutcome]) -> Table:
     for task, name in dict.fromkeys((task, name) for task, name, _ in found):
         given = {m: found[task, name, m] for m in models if (task, name, m) in found}
         one = next(iter(given.values()))
-        rows.append((task, _measure_name(name), *(given[m].value if m in given else "–" for m in models),
+        rows.append((task, _measure_name(name), *(_interval(given[m].value) if m in given else "–" for m in models),
                      _number(one.value.chance), _number(one.majority), one.value.n))  # fmt: skip
     return Table(("task", "measure", *models, "chance", "majority", "n"), tuple(rows), "Every number.")
 
@@ -156,7 +156,7 @@ def _tests(run: SuiteRun, data: str) -> list[Block]:
             continue
         families = "; ".join(dict.fromkeys(f"{t.task}: {t.family}" for t in chosen))
         rows = tuple(
-            (t.task, *([t.finding] if t.finding else []), t.first, t.second, t.test.difference, _p(t.test.p_raw),
+            (t.task, *([t.finding] if t.finding else []), t.first, t.second, _interval(t.test.difference), _p(t.test.p_raw),
              _p(t.test.p), t.test.test.replace("_", ", "), t.test.patients)
             for t in chosen
         )  # fmt: skip
@@ -189,7 +189,15 @@ def _groups(run: SuiteRun, data: str) -> list[Block]:
 def _group_row(g: GroupScore) -> tuple[object, ...]:
     if g.value is None:
         return (g.group, "–", "–", g.suppressed, "–", "–", "–")
-    return (g.group, g.n, g.patients, g.value, "–" if g.difference is None else g.difference, _p(g.p_raw), _p(g.p))
+    return (
+        g.group,
+        g.n,
+        g.patients,
+        _interval(g.value),
+        "–" if g.difference is None else _interval(g.difference),
+        _p(g.p_raw),
+        _p(g.p),
+    )
 
 
 def _leakage(run: SuiteRun) -> Section:
@@ -273,6 +281,11 @@ def _measure_name(name: str) -> str:
         if name == short or name.startswith(short + " "):
             return long + name[len(short) :]
     return name
+
+
+def _interval(number: Interval) -> str:
+    """Return a number with its interval in one line that no column breaks."""
+    return str(number).replace(" ", "\u00a0")
 
 
 def _p(p: float) -> str:

@@ -147,6 +147,7 @@ def wanted_cells(suite: Suite, only: Sequence[str] = ()) -> tuple[tuple[str, str
         for task in suite.entries
         for model in suite.models
         if (not task.data or data in task.data)
+        and (not suite.models[model].data or data in suite.models[model].data)
         and (not task.models or model in task.models)
         and all(
             name in chosen.get(kind, {name}) for kind, name in (("model", model), ("data", data), ("task", task.name))
@@ -365,7 +366,8 @@ def _assemble(work: _Work, cells: tuple[CellOutcome, ...], began: float) -> Suit
         work.bar.advance(1)
     work.bar.finish()
     leakage = tuple(work.leakage(r) for r in rows.values())
-    exposure = tuple(_exposure(work, m, r) for m in dict.fromkeys(c.model for c in cells) for r in rows.values())
+    met = dict.fromkeys((c.model, c.data) for c in cells if c.data in rows)
+    exposure = tuple(_exposure(work, model, rows[data]) for model, data in met)
     embedded = tuple((m, d, side) for m, v in work.models.items() for d, side in v.embedded)
     card = _suite_card(work, cells, rows, time.monotonic() - began)
     return SuiteRun(suite, cells, tuple(tests), groups, best, leakage, exposure, rows, embedded, card, work.broken)

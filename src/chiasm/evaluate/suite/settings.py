@@ -36,6 +36,7 @@ class ModelEntry:
         family: As ``--family``: whose weights a file holds.
         catalog: Name of ``chiasm models`` whose facts on training data hold for these weights; None: ``source`` itself.
         trained_on: Data sets of this suite on which the model was trained, as far as its owner knows.
+        data: Data sets that it meets; empty: all.
     """
 
     source: str | None = None
@@ -43,6 +44,7 @@ class ModelEntry:
     family: str | None = None
     catalog: str | None = None
     trained_on: tuple[str, ...] = ()
+    data: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if (self.source is None) == (self.floor is None):
@@ -188,6 +190,7 @@ class Suite:
             raise ConfigError(f"`near_cosine` must lie in (0, 1], got {self.near_cosine}")
         for key, model in self.models.items():
             _known(model.trained_on, tuple(self.data), f"models.{key}.trained_on")
+            _known(model.data, tuple(self.data), f"models.{key}.data")
 
     @property
     def entries(self) -> tuple[TaskEntry, ...]:
