@@ -21,7 +21,9 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*(ROOT / "docs" / "how-to").glob("*.md"), *(ROOT / "docs" / "tutorials").glob("*.md")])
+HOW_TO = sorted((ROOT / "docs" / "how-to").glob("*.md"))
+TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))  # whole stories take a minute each: `make test-slow`
+PAGES = [*HOW_TO, *(pytest.param(page, marks=pytest.mark.slow) for page in TUTORIALS)]
 BLOCK = re.compile(r"^```([a-z]+)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
 
 
@@ -37,7 +39,7 @@ def lines_of(block: str) -> list[list[str]]:
     return [words[1:] for words in found if words and words[0] == "chiasm"]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("page", PAGES, ids=[p.stem for p in (*HOW_TO, *TUTORIALS)])
 def test_the_page_runs(
     page: Path, demo_for_pages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chiasm: Callable[..., Any]
 ) -> None:
