@@ -31,16 +31,16 @@ TEXTS = [
 def test_columns_of_other_tables_are_found_by_name() -> None:
     labels: dict[str, list[Any]] = {
         "Effusion": [1, 0, None, "1", "0", "-1"], "Nodule": [0] * 6, "Mass": [0, 0, 0, 0, 0, 1], "Age": [50] * 6,
-        "mesh": ["Pleural Effusion/right", "normal", "Thickening/pleura/mild|Cardiomegaly", None, "Thickening/bronchial", "Mass"],
+        "mesh": ["Pleural Effusion/right", "normal", "Thickening/pleura/mild|Cardiomegaly", None, "Thickening/bronchial", "No Indexing"],
     }  # fmt: skip
     found = given_labels(labels, RULES)
     assert set(found) == {"pleural_effusion", "lung_lesion"}
     np.testing.assert_array_equal(found["pleural_effusion"], [1, 0, np.nan, 1, 0, np.nan])
     np.testing.assert_array_equal(found["lung_lesion"], [0, 0, 0, 0, 0, 1], "a nodule or a mass")
     terms = given_labels(labels, RULES, "mesh")
-    np.testing.assert_array_equal(terms["pleural_other"], [0, 0, 1, np.nan, 0, 0])
-    np.testing.assert_array_equal(terms["no_finding"], [0, 1, 0, np.nan, 0, 0])
-    np.testing.assert_array_equal(terms["cardiomegaly"], [0, 0, 1, np.nan, 0, 0])
+    np.testing.assert_array_equal(terms["pleural_other"], [0, 0, 1, np.nan, 0, np.nan])
+    np.testing.assert_array_equal(terms["no_finding"], [0, 1, 0, np.nan, 0, np.nan])
+    np.testing.assert_array_equal(terms["cardiomegaly"], [0, 0, 1, np.nan, 0, np.nan])
     with pytest.raises(InputError, match="no label column"):
         given_labels(labels, RULES, "mash")
     with pytest.raises(InputError, match="no column of 0 and 1"):

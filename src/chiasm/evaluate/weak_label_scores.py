@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from chiasm.datasets.openi import NO_STATEMENT
 from chiasm.errors import InputError
 from chiasm.metrics.agreement import Agreement, agreement
 from chiasm.metrics.labels import is_missing
@@ -135,7 +136,7 @@ def given_labels(
         raise InputError(
             f"the table has no label column `{column}`", hint=f"columns: {', '.join(sorted(labels)) or 'none'}"
         )
-    rows = [None if is_missing(v) else _terms(str(v)) for v in labels[column]]
+    rows = [None if is_missing(v) else _terms(str(v)) - NO_STATEMENT or None for v in labels[column]]
     known = [f for f in rules.findings if not f.hidden and f.terms]
     found = {
         f.name: np.array([np.nan if r is None else float(bool(r & {fold(f.name), *f.terms})) for r in rows])
