@@ -92,8 +92,18 @@ def test_patients_with_several_labels_keep_them_together() -> None:
     lumps = random.integers(2, size=30)[patients]
     by_patient = cluster_agreement(lumps, label.tolist(), groups=patients.tolist(), n_resamples=2, permutations=199)
     by_row = cluster_agreement(lumps, label.tolist(), n_resamples=2, permutations=199)
-    assert by_patient.permuted == "patients with as many rows"
+    assert by_patient.permuted == "patients"
     assert by_patient.null_high["ari"] > 3 * by_row.null_high["ari"]
+
+
+def test_chance_keeps_the_shares_of_labels() -> None:
+    """Patients of one label have many rows: chance must not lie below one cluster that holds everything."""
+    sizes = np.concatenate([np.full(10, 8), np.full(40, 1), [5, 6, 7]])
+    patients = np.repeat(np.arange(53), sizes)
+    label = np.where(sizes[patients] > 4, 1, patients % 2)
+    one = cluster_agreement(np.zeros(len(label)), label.tolist(), groups=patients.tolist(), n_resamples=2)
+    assert one.scores["purity"].chance == pytest.approx(one.scores["purity"].value, abs=0.03)
+    assert one.scores["purity"].value == pytest.approx(label.mean())
 
 
 def test_rows_in_no_cluster_earn_nothing() -> None:

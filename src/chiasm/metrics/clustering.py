@@ -4,7 +4,7 @@ Comes in: the cluster of each row (-1: in none), and a label or another clusteri
 intervals by patient.
 
 Notable choices: rows in no cluster count as one cluster of their own, so leaving hard rows out earns nothing. Chance is
-the mean over labels dealt out anew to whole patients: images of one patient resemble each other, and would look like
+the mean over labels dealt out anew to whole patients of as many rows: images of one patient resemble each other, and would look like
 agreement otherwise.
 """
 
@@ -26,6 +26,8 @@ from chiasm.types import Interval
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
+#: Patients at least that exchange labels with each other; fewer of one size are put to those of the next size.
+SMALLEST_STRATUM = 5
 #: Scores of an agreement, in the order of tables.
 SCORES = ("ari", "ami", "nmi", "homogeneity", "completeness", "v_measure", "purity")
 #: What the scores are, for readers.
@@ -49,8 +51,8 @@ class ClusterAgreement:
             labels, ``n`` the rows that have a label.
         null_high: Name to the 97.5 % quantile over permuted labels: what only one in forty reaches by chance.
         p_value: Share of permutations whose ARI reaches the observed one, in (0, 1].
-        permuted: What chance deals labels to: ``patients`` where each has one label, ``patients with as many rows`` where
-            some have several, ``rows`` where no patient has several rows.
+        permuted: What chance deals labels to: ``patients``, among those of (about) as many rows, or ``rows`` where no
+            patient has several.
         classes: Labels that occur.
         clusters: Clusters that occur among labelled rows; rows in no cluster are one of them.
     """
@@ -255,27 +257,48 @@ def _adjusted_information(table: Floats) -> float:
 def _permuted(
     a: Integers, b: Integers, group: NDArray[np.intp], permutations: int, seed: int
 ) -> tuple[list[dict[str, float]], str]:
-    """Return the scores under labels dealt out anew, and what they were dealt to."""
+    """Return the scores under labels dealt out anew, and what they were dealt to.
+
+    Patients exchange labels with patients of as many rows: the share of each label stays what it is, or chance would lie
+    below one cluster that holds everything where the patients of a common label have many rows.
+    """
     first = np.zeros(int(group.max()) + 1, dtype=np.int64)
     first[group[::-1]] = b[::-1]
     whole = bool((first[group] == b).all())
-    # Patients whose rows have several labels keep them together: they exchange them with patients of as many rows.
     sizes = np.bincount(group)
     starts = np.cumsum(sizes) - sizes
     order = np.argsort(group, kind="stable")
-    alike = [order[starts[sizes == size][:, None] + np.arange(size)] for size in np.unique(sizes) if size]
+    alike = _alike(sizes, SMALLEST_STRATUM if whole else 1)
+    rows_of = [order[starts[patients][:, None] + np.arange(sizes[patients[0]])] for patients in alike if not whole]
     random = np.random.default_rng(seed)
     ones = np.ones(len(a))
     null = []
     for _ in range(permutations):
         if whole:
-            dealt = random.permutation(first)[group]
-        else:
-            dealt = np.empty_like(b)
-            for rows in alike:
+            of_patient = first.copy()
+            for patients in alike:
+                of_patient[patients] = first[random.permutation(patients)]
+            dealt = of_patient[group]
+        else:  # labels of one patient stay together
+            dealt = b.copy()
+            for rows in rows_of:
                 dealt[rows] = b[random.permutation(rows)]
         null.append(_scores(a, dealt, ones))
-    return null, "rows" if len(first) == len(b) else "patients" if whole else "patients with as many rows"
+    return null, "rows" if len(first) == len(b) else "patients"
+
+
+def _alike(sizes: NDArray[np.intp], least: int) -> list[NDArray[np.intp]]:
+    """Return patients in lots of as many rows; neighbouring sizes are put together until a lot has ``least`` patients."""
+    lots: list[NDArray[np.intp]] = []
+    held: list[NDArray[np.intp]] = []
+    for size in np.unique(sizes):
+        held.append(np.flatnonzero(sizes == size))
+        if sum(map(len, held)) >= least:
+            lots.append(np.concatenate(held))
+            held = []
+    if held:
+        lots[-1:] = [np.concatenate([*lots[-1:], *held])]
+    return lots
 
 
 def _numbered(first: ArrayLike, second: ArrayLike) -> tuple[Integers, Integers]:
