@@ -69,7 +69,10 @@ def _list(cells: tuple[PlannedCell, ...], as_json: bool) -> None:
         )
         rows.append((c.data, c.task, c.model, state))
     print_table(("data", "task", "model", "state"), rows)
-    print(f"  {sum(c.cached for c in cells)} of {len(cells)} cells are on disk")
+    most: dict[tuple[str, str], int] = {}
+    for c in cells:  # the tasks of a model and a data set share its vectors
+        most[c.model, c.data] = max(c.embeds, most.get((c.model, c.data), 0))
+    print(f"  {sum(c.cached for c in cells)} of {len(cells)} cells are on disk, {sum(most.values()):,} rows to embed")
 
 
 def _say(found: SuiteRun, page: Path) -> None:

@@ -90,6 +90,24 @@ def test_paired_tests_equal_the_metrics_called_directly() -> None:
         assert t.test.test == "delong_clustered"
 
 
+def test_a_test_and_a_group_survive_their_file() -> None:
+    import json
+
+    from chiasm.evaluate.suite.comparisons import ModelTest
+
+    a, b = made(1), made(2)
+    for found in compare_models("d", "t", {"a": a, "b": b}, patients(), n_permutations=50, seed=1):
+        values = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+        assert (values["first"], values["second"]) == ("a", "b")  # names, not values
+        assert ModelTest.from_dict(values).to_dict() == found.to_dict()
+        assert values["difference"]["value"] == pytest.approx(values["first_value"] - values["second_value"])
+    column: list[str | None] = ["x"] * 40 + ["y"] * 44 + ["z"] * 6
+    for group in compare_groups(a, "site", column, patients(), smallest=10, **OPTIONS):
+        assert (
+            GroupScore.from_dict(json.loads(json.dumps(group.to_dict(), allow_nan=False))).to_dict() == group.to_dict()
+        )
+
+
 def test_one_finding_is_tested_by_delong() -> None:
     a, b = made(1, mode="single"), made(2, mode="single")
     (found,) = compare_models("d", "t", {"a": a, "b": b}, patients(), n_permutations=50, seed=1)

@@ -70,6 +70,13 @@ def test_environment_variables_and_named_data_sets_are_left_as_written(tmp_path:
         ('truth = "label"', 'truth = "label"\nbands = { age = [60, 40] }', r"rising"),
         ('truth = "label"', 'truth = "label"\ncolumns = { pateint = "p" }', r"did you mean `patient`"),
         ('truth = "label"', 'truth = "label"\nmode = "mutli"', r"did you mean `multi`"),
+        (
+            'truth = "label"',
+            'truth = "label"\nknown_as = ["nih"]',
+            r"`data.films.known_as` names the unknown `nih`; did",
+        ),
+        ('source = "demo/model"', 'source = "m"\ncatalog = "chexzro"', r"did you mean `chexzero`"),
+        ('source = "demo/model"', 'source = "m"\ndata = ["flims"]', r"`models.demo.data` .* did you mean `films`"),
         ("[tasks.zero_shot]", "[tasks.zero_shto]", r"`tasks.zero_shto.kind`.*did you mean `zero_shot`"),
         ("[tasks.zero_shot]", '[tasks.zero_shot]\ndata = ["film"]', r"`tasks.zero_shot.data` names the unknown `film`"),
         ("[tasks.zero_shot]", '[tasks.zero_shot]\ndata = "films"', r"must be a list"),
@@ -110,6 +117,13 @@ def test_an_unset_variable_is_a_failed_cell_not_a_crash(tmp_path: Path, monkeypa
     suite = read(tmp_path, GOOD.replace('"films.csv"', '"$NOT_SET_HERE/t.csv"'))
     run = run_suite(suite, tmp_path / "out")
     assert "NOT_SET_HERE" in run.failed[0].reason
+
+
+@pytest.mark.parametrize("name", ["suite_phantoms", "suite_real"])
+def test_the_recipes_are_suites(name: str) -> None:
+    suite = load_suite(Path(__file__).parents[3] / "recipes" / f"{name}.toml")
+    assert suite.name == name
+    assert suite.entries
 
 
 def test_the_reference_names_every_field_and_task() -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chiasm.errors import InputError
-from chiasm.evaluate.suite.results import MEASURES, TaskResult
+from chiasm.evaluate.suite.results import MEASURES, TaskResult, interval_of, number_of
 from chiasm.metrics.bootstrap import WeightStatistic, holm, paired_difference, weighted_interval
 from chiasm.metrics.compare import PairedTest, compare_auroc, compare_metric
 from chiasm.metrics.paired import correct
@@ -49,7 +49,17 @@ class ModelTest:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         named = {k: getattr(self, k) for k in ("data", "task", "finding", "first", "second", "family")}
-        return {**named, **self.test.to_dict()}
+        found = self.test.to_dict()
+        return {**named, "first_value": found.pop("first"), "second_value": found.pop("second"), **found}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelTest:
+        """Rebuild from :meth:`to_dict`."""
+        v = values
+        first, second, p, p_raw = (number_of(v[k]) for k in ("first_value", "second_value", "p", "p_raw"))
+        difference = interval_of(v["difference"])
+        test = PairedTest(first, second, difference, p, p_raw, v["test"], v["interval"], int(v["patients"]))
+        return cls(v["data"], v["task"], v["finding"], v["first"], v["second"], test, v["family"])
 
 
 @dataclass(frozen=True)
@@ -99,6 +109,13 @@ class GroupScore:
             "findings": self.findings,
             "suppressed": self.suppressed,
         }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> GroupScore:
+        """Rebuild from :meth:`to_dict`."""
+        value, difference = (None if values[k] is None else interval_of(values[k]) for k in ("value", "difference"))
+        p = {k: number_of(values[k]) for k in ("p_raw", "p")}
+        return cls(**{**values, "value": value, "difference": difference, **p})
 
 
 def compare_models(

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from chiasm.config import read_toml
 from chiasm.data.splits import check_leakage
 from chiasm.encoders.advice import find_overlap
-from chiasm.encoders.facts import find_original, load_datasets, load_facts
+from chiasm.encoders.facts import find_original, load_facts
 from chiasm.errors import ConfigError
 from chiasm.evaluate.suite.rows import DataRows
 from chiasm.evaluate.suite.settings import ModelEntry, expanded
@@ -132,17 +132,16 @@ def _history(entry: ModelEntry, rows: DataRows) -> tuple[str, str]:
         return "none known", "It was trained on nothing."
     if rows.name in entry.trained_on:
         return "same data", "Its owner says that it was trained on this data set."
-    source = expanded(entry.source or "", "models.source")
+    try:
+        source = expanded(entry.source or "", "models.source")
+    except ConfigError:  # a variable that is not set: its cells say so
+        source = entry.source or ""
     if (told := _recipe_says(Path(source), rows)) is not None:
         return told
     name = entry.catalog or source
     name = find_original(name) or name
     if name not in load_facts():
         return "unknown", "Nobody has said what it was trained on (`trained_on`, or `catalog` for known weights)."
-    for key in rows.entry.known_as:
-        if key not in load_datasets():
-            known = ", ".join(load_datasets())
-            raise ConfigError(f"`data.{rows.name}.known_as` names the unknown `{key}`", hint=f"known: {known}")
     if not rows.entry.known_as:
         return "unknown", "The data set has no public name (`known_as`), so training data cannot be compared with it."
     overlap = find_overlap(name, rows.entry.known_as)

@@ -180,14 +180,24 @@ class TaskResult:
         """Rebuild from :meth:`to_dict` and :meth:`arrays`."""
 
         def number(v: Mapping[str, Any]) -> Number:
-            value, low, high = (float("nan") if v[k] is None else float(v[k]) for k in ("value", "low", "high"))
-            return Number(Interval(value, low, high, int(v["n"]), v["chance"]), v["majority"], v["better"])
+            return Number(interval_of(v), v["majority"], v["better"])
 
         return cls(
             {name: number(v) for name, v in values["numbers"].items()}, values["primary"], values["measure"],
             arrays["rows"], arrays["truth"], arrays["answers"], tuple(values["findings"]), tuple(values["notes"]),
             values["chosen"],
         )  # fmt: skip
+
+
+def interval_of(values: Mapping[str, Any]) -> Interval:
+    """Rebuild an interval from its plain JSON values; None is NaN again."""
+    value, low, high = (number_of(values[k]) for k in ("value", "low", "high"))
+    return Interval(value, low, high, int(values["n"]), values["chance"])
+
+
+def number_of(value: float | None) -> float:
+    """Return a plain JSON number, NaN for None."""
+    return float("nan") if value is None else float(value)
 
 
 def score_answers(

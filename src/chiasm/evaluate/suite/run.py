@@ -320,6 +320,41 @@ class _Work:
         write_cell(self.folder, key, result, card)
         return CellOutcome(*named, key, result, card)
 
+    def compared(
+        self, rows: DataRows, task: str, cells: Mapping[str, CellOutcome]
+    ) -> tuple[tuple[ModelTest, ...], dict[str, tuple[GroupScore, ...]]]:
+        """Return tests between models and groups of each, from disk where these very cells were compared before."""
+        suite, results = self.suite, {m: c.result for m, c in cells.items() if c.result is not None}
+        groups = {column: digest_of(list(values)) for column, values in rows.subgroups.items()}
+        settings = [suite.seed, suite.n_permutations, suite.n_resamples, suite.smallest_group]
+        key = digest_of([rows.name, task, {m: c.key for m, c in cells.items()}, list(cells), groups, settings, 1], 32)
+        path = self.folder / "comparisons" / f"{key}.json"
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            return tuple(ModelTest.from_dict(v) for v in values["tests"]), {
+                m: tuple(GroupScore.from_dict(v) for v in found) for m, found in values["groups"].items()
+            }
+        except (OSError, ValueError, TypeError, KeyError):
+            pass
+        tests = compare_models(
+            rows.name, task, results, rows.groups, n_permutations=suite.n_permutations, seed=suite.seed
+        )
+        options = {"smallest": suite.smallest_group, "n_resamples": suite.n_resamples, "seed": suite.seed}
+        of_model = {
+            model: correct_groups(
+                [
+                    g
+                    for column, of_row in rows.subgroups.items()
+                    for g in compare_groups(result, column, of_row, rows.groups, **options)
+                ]
+            )
+            for model, result in results.items()
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        plain = {m: [g.to_dict() for g in found] for m, found in of_model.items()}
+        write_json_atomic(path, {"tests": [t.to_dict() for t in tests], "groups": plain})
+        return tests, of_model
+
     def leakage(self, rows: DataRows) -> DataLeakage:
         """Return what crosses the parts of a data set, from disk where it was looked for before."""
         key = digest_of([dict(rows.digests), self.suite.near_duplicates, 1], 24)
@@ -340,29 +375,17 @@ def _assemble(work: _Work, cells: tuple[CellOutcome, ...], began: float) -> Suit
     groups: dict[tuple[str, str, str], tuple[GroupScore, ...]] = {}
     best: dict[tuple[str, str], str] = {}
     rows = {d: r for d in dict.fromkeys(c.data for c in cells) if (r := work.rows(d)) is not None}
-    options: dict[str, Any] = {"seed": suite.seed}
     questions = list(dict.fromkeys((c.data, c.task) for c in cells if c.result is not None))
     work.bar.start(len(questions), "comparisons")
     for data, task in questions:
-        results = {c.model: c.result for c in cells if (c.data, c.task) == (data, task) and c.result is not None}
-        patients = rows[data].groups
-        found = compare_models(data, task, results, patients, n_permutations=suite.n_permutations, **options)
+        results = {c.model: c for c in cells if (c.data, c.task) == (data, task) and c.result is not None}
+        found, of_model = work.compared(rows[data], task, results)
         tests += found
-        lower = next(iter(results.values())).main.better == "lower"
+        lower = any(c.result is not None and c.result.main.better == "lower" for c in results.values())
         winner = best_model(found, list(results), alpha=suite.alpha, lower=lower)
         if winner is not None:
             best[data, task] = winner
-        for model, result in results.items():
-            scored = [
-                g
-                for column, of_row in rows[data].subgroups.items()
-                for g in compare_groups(
-                    result, column, of_row, patients, smallest=suite.smallest_group, n_resamples=suite.n_resamples,
-                    **options,
-                )
-            ]  # fmt: skip
-            if scored:
-                groups[model, data, task] = correct_groups(scored)
+        groups |= {(model, data, task): scored for model, scored in of_model.items() if scored}
         work.bar.advance(1)
     work.bar.finish()
     leakage = tuple(work.leakage(r) for r in rows.values())

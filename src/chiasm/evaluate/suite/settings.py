@@ -241,6 +241,7 @@ def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> Suite:
         },
     )
     _ = suite.entries  # a wrong task is missed now, not after the embedding
+    _check_public_names(suite)
     return suite
 
 
@@ -255,6 +256,17 @@ def _model_source(source: str, folder: Path) -> str:
         return anchored(source, folder) or source
     beside = folder / source
     return str(beside) if not Path(source).is_absolute() and beside.exists() else source
+
+
+def _check_public_names(suite: Suite) -> None:
+    """Miss names that ``chiasm models`` does not have, which the leakage report would need."""
+    from chiasm.encoders.advice import list_models
+    from chiasm.encoders.facts import load_datasets
+
+    for key, data in suite.data.items():
+        _known(data.known_as, tuple(load_datasets()), f"data.{key}.known_as")
+    for key, model in suite.models.items():
+        _known([model.catalog] if model.catalog else [], list_models(), f"models.{key}.catalog")
 
 
 def _known(names: Sequence[str] | Mapping[str, Any], known: Sequence[str], where: str) -> None:
