@@ -200,9 +200,14 @@ def _picture(rows: Embeddings, row: int, note: str) -> Picture:
 
 
 def _empty() -> str:
-    from PIL import Image
+    """Return a card with a few grey lines, in place of a text."""
+    from PIL import Image, ImageDraw
 
-    return picture_source(Image.new("L", (_PICTURE_PX, 4), 225))
+    card = Image.new("L", (_PICTURE_PX, 46), 244)
+    draw = ImageDraw.Draw(card)
+    for k, width in enumerate((100, 84, 92)):
+        draw.rectangle((14, 11 + 10 * k, 14 + width, 14 + 10 * k), fill=196)
+    return picture_source(card)
 
 
 def _plain(value: float | None) -> str:

@@ -206,7 +206,10 @@ def _probes(probes: WeakProbeScores) -> Section:
 def _examples(weak: WeakLabels, texts: Sequence[str], count: int) -> Section:
     from PIL import Image
 
-    empty = Picture(_source(Image.new("L", (60, 8), 235)), (), alt="report")
+    swatches = {
+        value: Picture(_source(Image.new("RGB", (34, 34), colour)), (), alt=word)
+        for value, word, colour in ((1, "stated", COLOURS[1]), (0, "denied", COLOURS[0]), (-1, "doubted", COLOURS[4]))
+    }
     rows = []
     spoken = [i for i, mentions in enumerate(weak.mentions) if mentions]
     for i in [
@@ -217,7 +220,7 @@ def _examples(weak: WeakLabels, texts: Sequence[str], count: int) -> Section:
             said = {1: "stated", 0: "denied", -1: "doubted"}[m.value]
             cue = f" by “{text[m.cue[0] : m.cue[1]]}”" if m.cue else ""
             rows.append(
-                Excerpt(empty, f"{m.finding.replace('_', ' ')}: {said}{cue}", (), text[max(0, m.start - _CONTEXT) : m.start],
+                Excerpt(swatches[m.value], f"{m.finding.replace('_', ' ')}: {said}{cue}", (), text[max(0, m.start - _CONTEXT) : m.start],
                         text[m.start : m.end], text[m.end : m.end + _CONTEXT])
             )  # fmt: skip
     return Section(
@@ -225,7 +228,7 @@ def _examples(weak: WeakLabels, texts: Sequence[str], count: int) -> Section:
         "Evenly spaced reports; the words that name the finding are marked.",
         (
             Note("These are texts of patients. Keep this page where patient data may lie.", "warning"),
-            Excerpts(tuple(rows), size_px=60),
+            Excerpts(tuple(rows), size_px=34),
         ),
     )
 
