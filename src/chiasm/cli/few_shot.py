@@ -100,17 +100,13 @@ def run(
     )  # fmt: skip
     images = labelled_rows(images, label)
     parts = _parts(images, label, test_split, test_share, seed)
-    draws = draw_episodes(
-        images.labels[label],
-        images.groups,
-        [part == "test" for part in parts],
-        shots=ks,
-        seeds=tuple(range(seed, seed + seeds)),
-    )
+    is_test = [part == "test" for part in parts]
+    numbers = range(seed, seed + seeds)
+    draws = draw_episodes(images.labels[label], images.groups, is_test, shots=ks, seeds=numbers)
     texts = None if encoder is None or labels_file is None else _texts(encoder, labels_file, label, draws, batch_size)
     scratch = {"image_size": scratch_size, "epochs": scratch_epochs} if from_scratch else None
     chosen = _methods(images, draws, wanted, texts, scratch, floor)
-    only = {"from-scratch": tuple(range(seed, seed + min(seeds, scratch_seeds)))}
+    only = {"from-scratch": numbers[:scratch_seeds]}
     answers = run_episodes(draws, chosen, only=only, progress=make_progress(as_json, unit="fits"))
     scores = score_few_shot(draws, answers, reference=reference, n_resamples=resamples, seed=seed)
     settings = {
@@ -120,7 +116,7 @@ def run(
         "methods": ", ".join(chosen),
         "test": f"split {test_split}" if test_split else f"share {test_share} of the patients",
         "resamples": resamples,
-        **({} if scratch is None else {"from scratch": f"{scratch}, {scratch_seeds} seeds"}),
+        "from scratch": scratch and f"{scratch}, {scratch_seeds} seeds",
     }
     _finish(scores, images, label, settings, parts, texts, seed, time.perf_counter() - began, out, as_json)
 
