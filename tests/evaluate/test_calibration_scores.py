@@ -152,6 +152,17 @@ def test_the_page_shows_numbers_and_no_patient(labels):
     json.dumps(scores.to_dict(), allow_nan=False)
 
 
+def test_sets_that_are_empty_are_explained():
+    random = np.random.default_rng(0)
+    truth = random.integers(0, 2, (800, 1)).astype(float)
+    names = tuple(f"p{i}" for i in range(800))
+    rows = ScoredRows(6 * truth - 3 + random.normal(size=truth.shape), truth, names, names, Origin("multi", ("a",)))
+    calibration = fit_calibration(rows.select(np.arange(500)))
+    scores = score_calibration(calibration, rows.select(np.arange(500, 800)), n_resamples=20)
+    assert scores.labels[0].sets.empty.value > 0.04
+    assert "Ask for a higher --coverage" in render_page(calibration_page(calibration, scores, CARD))
+
+
 def test_labels_without_truth_are_said():
     calibration = fit_calibration(labels_rows(1))
     rows = labels_rows(3, 100)

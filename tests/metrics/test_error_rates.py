@@ -118,8 +118,10 @@ def within(rate, nominal, worlds, *, errors=3.3, slack=0.01):
 def check_coverage(worlds, **options):
     rates = coverage(worlds, **options)
     for name in true_values():
-        # Percentile intervals of 100 patients are a point or so short.
-        assert within(rates[name, "patients"], 0.95, worlds, slack=0.015), (name, rates)
+        # Percentile intervals of 100 patients are a point short; average precision is biased up in small samples, and
+        # its resamples once more, so that its intervals lie too high: three points short (docs/lab-notes.md).
+        slack = 0.045 if name == "auprc" else 0.015
+        assert within(rates[name, "patients"], 0.95, worlds, slack=slack), (name, rates)
         assert rates[name, "rows"] < rates[name, "patients"] - 0.04, (name, rates)
     return rates
 

@@ -18,6 +18,8 @@ from chiasm.evaluate.run_card import RunCard
 from chiasm.tasks.calibrated import Calibration
 from chiasm.types import Interval
 
+#: Share of empty sets from which a reader is told why.
+MANY_EMPTY = 0.02
 _NAMES = {"ece": "calibration error (ECE)", "brier": "Brier score", "log_loss": "log loss"}
 
 
@@ -176,6 +178,7 @@ def _sets(calibration: Calibration, scores: CalibrationScores) -> Section:
             add(found.label, "sets", found.by_sets)
         if found.band is not None:
             add(found.label, "band", found.band)
+    judged = [s for s in (scores.sets, *(f.sets for f in scores.labels)) if s is not None]
     blocks: list[Block] = []
     if bars:
         blocks.append(Figure(abstention_bars(bars), "What is left undecided, and what that buys.", wide=True))
@@ -186,6 +189,9 @@ def _sets(calibration: Calibration, scores: CalibrationScores) -> Section:
             "Every patient counts alike.",
         )
     )
+    if any(found.empty.value > MANY_EMPTY for found in judged):
+        text = "Some sets are empty: the classifier is right more often than the sets promise, and they keep their word by "
+        blocks.append(Note(text + "leaving images out. Ask for a higher --coverage."))
     blocks.append(
         Table(
             (
