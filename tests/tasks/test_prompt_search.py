@@ -222,6 +222,7 @@ def test_a_label_without_both_classes_keeps_the_plain_ensemble(grid: GridVectors
     assert not found.problems[0].searched
     assert found.problems[0].prompts.labels[0] == grid.grid.prompts().labels[0]
     assert np.isfinite(found.test.value)
+    assert found.optimism == pytest.approx(found.problems[1].optimism.value)
 
 
 def test_wrong_input_is_refused(grid: GridVectors) -> None:

@@ -139,24 +139,11 @@ def run(
         raise InputError(
             "--choose-on and --test-on belong together", hint="give both, or neither: half of the patients"
         )
-    from chiasm.cli.inputs import load_encoder
-    from chiasm.cli.vectors import open_vectors
-
-    started = time.monotonic()
     grid = make_grid(labels, labels_file, template, synonyms, multi=multi)
-    encoder = load_encoder(model, device=device, family=family, allow_code=allow_code)
-    images = open_vectors(
-        store=store, table=table, model=model, split=split, group=group, column=column, root=root,
-        batch_size=batch_size, device=device, as_json=as_json, encoder=encoder,
-    )  # fmt: skip
-    if images.space != encoder.space:
-        from chiasm.types import check_same_space
-
-        check_same_space(images, _embedder(encoder, batch_size)(["x"]))
-    mode: Literal["single", "multi"] = "multi" if multi else "single"
-    job = Job(
-        images, encoder, grid, grid.embed(_embedder(encoder, batch_size)), mode,
-        None if truth is None else read_truth(images, truth, grid.names, mode), seed, resamples, started,
+    job = _open_job(
+        grid, model, multi=multi, truth=truth, seed=seed, resamples=resamples, store=store, table=table, split=split,
+        group=group, column=column, root=root, batch_size=batch_size, device=device, family=family,
+        allow_code=allow_code, as_json=as_json,
     )  # fmt: skip
     if action == "explain":
         document, page = _explain(job, metric, as_json)
@@ -166,10 +153,15 @@ def run(
         from chiasm.train.prompt_writer import TuningConfig
 
         config = TuningConfig(
-            mode=mode, vectors=vectors, initial=tuple(initial or ()), class_specific=class_specific,
+            mode=job.mode, vectors=vectors, initial=tuple(initial or ()), class_specific=class_specific,
             epochs=epochs, learning_rate=learning_rate, anchor=anchor, seed=seed,
         )  # fmt: skip
         document, page = _tune(job, config, shots, _parts(job, choose_on, test_on), save, as_json)
+    _give(document, page, out, as_json)
+
+
+def _give(document: dict[str, Any], page: Callable[[], Page], out: Path | None, as_json: bool) -> None:
+    """Write the page and print the document, where they are wanted."""
     if out is not None:
         from chiasm.evaluate.page import save_page
 
@@ -179,6 +171,35 @@ def run(
         print_json(document)
     elif out is not None:
         print(f"page: {out}")
+
+
+def _open_job(
+    grid: PromptGrid,
+    model: str,
+    *,
+    multi: bool,
+    truth: str | None,
+    seed: int,
+    resamples: int,
+    family: str | None,
+    allow_code: bool,
+    batch_size: int,
+    device: str,
+    **rows: Any,
+) -> Job:
+    """Load the model, open the images (``rows`` as ``open_vectors`` takes them) and embed the wordings."""
+    from chiasm.cli.inputs import load_encoder
+    from chiasm.cli.vectors import open_vectors
+    from chiasm.types import check_same_space
+
+    started = time.monotonic()
+    encoder = load_encoder(model, device=device, family=family, allow_code=allow_code)
+    images = open_vectors(model=model, batch_size=batch_size, device=device, encoder=encoder, **rows)
+    vectors = grid.embed(_embedder(encoder, batch_size))
+    check_same_space(images, vectors.embeddings)
+    mode: Literal["single", "multi"] = "multi" if multi else "single"
+    known = None if truth is None else read_truth(images, truth, grid.names, mode)
+    return Job(images, encoder, grid, vectors, mode, known, seed, resamples, started)
 
 
 @dataclass(frozen=True)

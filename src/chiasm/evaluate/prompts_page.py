@@ -21,8 +21,8 @@ from chiasm.evaluate.prompts_figures import (
 )
 from chiasm.evaluate.run_card import RunCard
 from chiasm.evaluate.tuning_scores import TuningScores
+from chiasm.tasks.prompt_choice import PromptSearch
 from chiasm.tasks.prompt_effects import OptionEffect, PromptEffects
-from chiasm.tasks.prompt_search import PromptSearch
 from chiasm.train.prompt_tuning import TunedPrompts
 from chiasm.types import Interval
 
