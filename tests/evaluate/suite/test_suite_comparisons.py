@@ -62,6 +62,18 @@ def test_runs_are_averaged() -> None:
     result = made(1, runs=3)
     one_by_one = [macro_auroc(result.truth, result.answers[:, :, k]).value for k in range(3)]
     assert result.main.value.value == pytest.approx(np.mean(one_by_one))
+    # Each draw by itself, then the mean: averaging the answers first would make an ensemble, which is better.
+    of_finding = [auroc(result.truth[:, 1], result.answers[:, 1, k]) for k in range(3)]
+    assert result.numbers["auroc f1"].value.value == pytest.approx(np.mean(of_finding))
+    single = made(1, runs=5, labels=3, mode="single", strength=0.5)
+    said = single.answers.argmax(1)
+    shares = [accuracy(single.truth.argmax(1), said[:, k]) for k in range(5)]
+    assert single.numbers["accuracy"].value.value == pytest.approx(np.mean(shares))
+    other = made(2, runs=3)
+    tests = compare_models("d", "t", {"a": result, "b": other}, patients(), n_permutations=20, seed=1)
+    assert tests[1].test.difference.value == pytest.approx(
+        result.numbers["auroc f0"].value.value - other.numbers["auroc f0"].value.value
+    )
 
 
 def test_paired_tests_equal_the_metrics_called_directly() -> None:

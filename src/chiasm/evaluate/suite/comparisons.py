@@ -157,10 +157,9 @@ def compare_models(
         names[key] = ("", first, second)
         main[key] = _compare(one, one.truth[a], one.answers[a], other.answers[b], patients, options)
         for k, finding in enumerate(one.findings if len(one.findings) > 1 else ()):
-            # Several runs: the mean of what they answer stands for the model.
-            own, its = (r if r.ndim == 1 else r.mean(axis=-1) for r in (one.answers[a][:, k], other.answers[b][:, k]))
             names[f"{key}\0{finding}"] = (finding, first, second)
-            single[f"{key}\0{finding}"] = compare_auroc(one.truth[a][:, k], own, its, patients, **options)
+            part = (one.truth[a][:, [k]], one.answers[a][:, [k]], other.answers[b][:, [k]])
+            single[f"{key}\0{finding}"] = _compare(one, *part, patients, options)
     found: list[ModelTest] = []
     pairs = len(main)
     for tests, family in (

@@ -9,23 +9,25 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from chiasm.metrics.bootstrap import WeightStatistic, weighted_interval
 from chiasm.metrics.calibration import ece_statistic
-from chiasm.metrics.classification import (
-    accuracy_interval,
-    auprc_interval,
-    auroc_interval,
-    balanced_accuracy_interval,
-    majority_baseline,
-)
+from chiasm.metrics.classification import chance_level, majority_baseline
 from chiasm.metrics.concordance import harrell_statistic
-from chiasm.metrics.weighted import macro_auroc_statistic, mean_statistic
+from chiasm.metrics.labels import is_labelled
+from chiasm.metrics.weighted import (
+    accuracy_statistic,
+    auprc_statistic,
+    auroc_statistic,
+    balanced_accuracy_statistic,
+    macro_auroc_statistic,
+    mean_statistic,
+)
 from chiasm.types import Interval
 
 Floats = NDArray[np.float64]
@@ -232,19 +234,17 @@ def score_answers(
     kept = [0] if mode == "single" and len(labels) == 2 else list(range(len(labels)))
     findings, wanted, given = [labels[k] for k in kept], truth[:, kept], scores[:, kept]
     numbers = {"auroc": Number(of_measure("auroc", wanted, given, groups, **options), 0.5)}
-    flat = given if given.ndim == 2 else given.mean(axis=2)
+    runs = given[:, :, None] if given.ndim == 2 else given
     if mode == "single":
         numbers |= _of_classes(truth, scores, groups, options)
-    both = []
     for k, name in enumerate(findings):
-        found = auprc_interval(wanted[:, k], flat[:, k], groups, **options)
-        if len(findings) > 1:
-            one = auroc_interval(wanted[:, k], flat[:, k], groups, **options)
-            both.append((name, Number(one, 0.5), Number(found, found.chance)))
-        else:
-            numbers["auprc"] = Number(found, found.chance)
-    for name, area, precision in both:
-        numbers |= {f"auroc {name}": area, f"auprc {name}": precision}
+        of_name = f" {name}" if len(findings) > 1 else ""
+        for short, make in (("auroc", auroc_statistic), ("auprc", auprc_statistic)):
+            if short == "auroc" and not of_name:
+                continue
+            chance = chance_level(wanted[:, k], cast(Any, short))
+            found = _over_runs(make, wanted[:, k], runs[:, k], groups, chance, options)
+            numbers[short + of_name] = Number(found, chance)
     return TaskResult(numbers, "auroc", "auroc", rows, wanted, given, tuple(findings), tuple(notes), chosen)
 
 
@@ -253,16 +253,29 @@ def _of_classes(truth: Floats, scores: Floats, groups: Sequence[str], options: d
     if not len(known):
         return {}
     runs = scores[:, :, None] if scores.ndim == 2 else scores
-    # Several runs: the class that most runs' mean score names.
-    predicted, actual = runs.mean(axis=2)[known].argmax(axis=1), truth[known].argmax(axis=1)
-    patients = [groups[i] for i in known.tolist()]
-    classes = truth.shape[1]
-    share = replace(accuracy_interval(actual, predicted, patients, **options), chance=1 / classes)
-    balanced = balanced_accuracy_interval(actual, predicted, patients, **options)
-    return {
-        "balanced accuracy": Number(balanced, balanced.chance),
-        "accuracy": Number(share, majority_baseline(actual)),
-    }
+    predicted, actual = runs[known].argmax(axis=1), truth[known].argmax(axis=1)
+    patients, classes = [groups[i] for i in known.tolist()], truth.shape[1]
+    share = _over_runs(accuracy_statistic, actual, predicted, patients, 1 / classes, options)
+    occurring = 1 / len(np.unique(actual))
+    balanced = _over_runs(balanced_accuracy_statistic, actual, predicted, patients, occurring, options)
+    return {"balanced accuracy": Number(balanced, occurring), "accuracy": Number(share, majority_baseline(actual))}
+
+
+def _over_runs(
+    make: Callable[[Any, Any], WeightStatistic], truth: NDArray[Any], answers: NDArray[Any], groups: Sequence[str],
+    chance: float, options: dict[str, Any],
+) -> Interval:  # fmt: skip
+    """Return the mean over runs, the last axis of ``answers``, of a statistic of labelled rows."""
+    known = np.flatnonzero(is_labelled(truth))
+    if not len(known):
+        return Interval(float("nan"), float("nan"), float("nan"), 0, chance)
+    parts = [make(truth[known], answers[known, run]) for run in range(answers.shape[1])]
+
+    def statistic(weights: Floats) -> Floats:
+        found: Floats = np.stack([part(weights) for part in parts]).mean(axis=0)
+        return found
+
+    return weighted_interval(statistic, [groups[i] for i in known.tolist()], chance=chance, **options)
 
 
 def of_measure(

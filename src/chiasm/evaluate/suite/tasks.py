@@ -384,13 +384,16 @@ def _problems(truth: Floats, mode: str) -> list[tuple[tuple[int, ...], NDArray[n
 
 
 def _columns(logits: Floats, classes: NDArray[Any], columns: Sequence[int], mode: str) -> Floats:
-    """Return scores (n, columns): log-odds of the label; of classes, their logits, the least for one never trained."""
+    """Return scores (n, columns): log-odds of each label or class, the least for a class that was never trained."""
     if mode != "single":
         return (logits[:, 1] - logits[:, 0])[:, None]
-    found = np.full((len(logits), len(columns)), logits.min() - 1.0)
-    found[:, classes.astype(np.int64)] = logits
-    if len(columns) == 2:  # the first is the finding that AUROC speaks of
-        found = np.stack([found[:, 0] - found[:, 1], found[:, 1] - found[:, 0]], axis=1)
+    # Against all others together: a logit alone says nothing across rows.
+    odds = np.stack(
+        [logits[:, k] - np.logaddexp.reduce(np.delete(logits, k, axis=1), axis=1) for k in range(logits.shape[1])],
+        axis=1,
+    )
+    found = np.full((len(logits), len(columns)), odds.min() - 1.0)
+    found[:, classes.astype(np.int64)] = odds
     return found
 
 
