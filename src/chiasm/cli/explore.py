@@ -34,42 +34,52 @@ if TYPE_CHECKING:
     from chiasm.types import Embeddings
 
 
+OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder to write: map.html, index.html, points.csv ...")]
+MethodOption = Annotated[str, typer.Option("--method", help="The map: tsne, umap (extra `analysis`), pca.")]
+ClustersOption = Annotated[
+    str, typer.Option("--clusters", help="kmeans:8, kmeans (k by its stability), hdbscan, hdbscan:15, none.")
+]
+ColorOption = Annotated[
+    list[str] | None,
+    typer.Option("--color", "--label", help="Label column to colour by and compare with clusters; may be repeated."),
+]
+SideOption = Annotated[str, typer.Option("--side", help="image, text, both; auto: what there is.")]
+CenterOption = Annotated[
+    bool, typer.Option("--center", help="Take each side's mean out, so that images and texts share one cloud.")
+]
+ThumbnailsOption = Annotated[bool, typer.Option("--thumbnails", help="Put small pictures into map and page.")]
+BudgetOption = Annotated[float, typer.Option("--thumbnail-mb", min=0.1, help="Most that they may weigh.")]
+TextsOption = Annotated[bool, typer.Option("--texts", help="Put the rows' texts into the map.")]
+TermsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--terms", help="Vocabulary, or file of one term a line: the nearest describe a cluster; needs --model."
+    ),
+]
+ComponentsOption = Annotated[
+    int | None, typer.Option("--components", min=0, help="Principal components to start from; 0: none, all dimensions.")
+]
+PerplexityOption = Annotated[float | None, typer.Option("--perplexity", help="Of t-SNE.")]
+NeighborsOption = Annotated[int, typer.Option("--neighbors", min=2, help="Of UMAP.")]
+
+
 def run(
     store: StoreOption = None,
     table: TableOption = None,
     model: ModelOption = "",
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder to write: map.html, index.html, points.csv ...")
-    ] = Path("explored"),
-    method: Annotated[str, typer.Option("--method", help="The map: tsne, umap (extra `analysis`), pca.")] = "tsne",
-    clusters: Annotated[
-        str, typer.Option("--clusters", help="kmeans:8, kmeans (k by its stability), hdbscan, hdbscan:15, none.")
-    ] = "kmeans",
-    color: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--color", "--label", help="Label column to colour by and compare with clusters; may be repeated."
-        ),
-    ] = None,
-    side: Annotated[str, typer.Option("--side", help="image, text, both; auto: what there is.")] = "auto",
-    center: Annotated[
-        bool, typer.Option("--center", help="Take each side's mean out, so that images and texts share one cloud.")
-    ] = False,
-    thumbnails: Annotated[bool, typer.Option("--thumbnails", help="Put small pictures into map and page.")] = False,
-    thumbnail_mb: Annotated[float, typer.Option("--thumbnail-mb", min=0.1, help="Most that they may weigh.")] = 12.0,
-    texts: Annotated[bool, typer.Option("--texts", help="Put the rows' texts into the map.")] = False,
-    terms: Annotated[
-        str | None,
-        typer.Option(
-            "--terms", help="Vocabulary, or file of one term a line: the nearest describe a cluster; needs --model."
-        ),
-    ] = None,
-    components: Annotated[
-        int | None,
-        typer.Option("--components", min=0, help="Principal components to start from; 0: none, all dimensions."),
-    ] = None,
-    perplexity: Annotated[float | None, typer.Option("--perplexity", help="Of t-SNE.")] = None,
-    neighbors: Annotated[int, typer.Option("--neighbors", min=2, help="Of UMAP.")] = 15,
+    out: OutOption = Path("explored"),
+    method: MethodOption = "tsne",
+    clusters: ClustersOption = "kmeans",
+    color: ColorOption = None,
+    side: SideOption = "auto",
+    center: CenterOption = False,
+    thumbnails: ThumbnailsOption = False,
+    thumbnail_mb: BudgetOption = 12.0,
+    texts: TextsOption = False,
+    terms: TermsOption = None,
+    components: ComponentsOption = None,
+    perplexity: PerplexityOption = None,
+    neighbors: NeighborsOption = 15,
     split: SplitOption = None,
     group: GroupOption = None,
     column: ColumnOption = None,
@@ -88,16 +98,10 @@ def run(
     from chiasm.tasks.clustering import COMPONENTS, parse_clusters
 
     began = time.monotonic()
-    if side not in ("auto", "image", "text", "both"):
-        raise InputError(f"--side must be auto, image, text or both, got `{side}`")
-    if method not in ("tsne", "umap", "pca"):
-        raise InputError(f"--method must be tsne, umap or pca, got `{method}`")
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out `{out.name}` is a file; an exploration is a folder", hint="name another")
+    _check_options(method, side, out)
     settings = None if clusters == "none" else parse_clusters(clusters, components=components, seed=seed)
     if terms is not None and (settings is None or not model):
         raise InputError("--terms needs --clusters, and --model to embed the terms")
-    _check_engine(method)
     encoder = None
     if table is not None or terms is not None:
         encoder = load_encoder(model, device=device, family=family, allow_code=allow_code)
@@ -106,34 +110,20 @@ def run(
         store=store, table=table, split=split, group=group, column=column, root=root, batch_size=batch_size,
         as_json=as_json, encoder=encoder,
     )  # fmt: skip
-    own, other = _sides(read, side, store, table, encoder)
+    own, other = _sides(read, side, table, encoder)
     words = None if terms is None else _terms(cast("Encoder", encoder), terms)
     found = explore(
-        own,
-        other,
-        clusters=settings,
-        colour=tuple(color or ()),
-        terms=words,
-        progress=make_progress(as_json, unit="draws"),
-        method=method,
-        seed=seed,
-        engine="opentsne",
-        perplexity=perplexity,
-        umap_neighbors=neighbors,
-        center_modalities=center,
+        own, other, clusters=settings, colour=tuple(color or ()), terms=words,
+        progress=make_progress(as_json, unit="draws"), method=method, seed=seed, engine="opentsne",
+        perplexity=perplexity, umap_neighbors=neighbors, center_modalities=center,
         components=(COMPONENTS if own.dim > COMPONENTS else 0) if components is None else components,
-    )
+    )  # fmt: skip
+    chosen = {"method": method, "clusters": clusters, "components": components, "centered": center}
     card = make_run_card(
         f"chiasm explore --method {method} --clusters {clusters}",
-        {own.modality + "s": own} | ({} if other is None else {other.modality + "s": other}),
+        {f"{e.modality}s": e for e in (own, other) if e is not None},
         seed=seed,
-        settings={
-            "method": method,
-            "clusters": clusters,
-            "components": components,
-            "centered": center,
-            **found.projection.settings,
-        },
+        settings={**chosen, **found.projection.settings},
         prompts=None if words is None else words.texts,  # type: ignore[arg-type]  # embedded from texts
         seconds=time.monotonic() - began,
     )
@@ -144,20 +134,24 @@ def run(
     _say(found, result)
 
 
-def _check_engine(method: str) -> None:
-    """Miss a package before minutes of embedding, not after."""
+def _check_options(method: str, side: str, out: Path) -> None:
+    """Miss what is wrong, and an absent package, before minutes of embedding, not after."""
     from importlib.util import find_spec
 
     from chiasm.errors import MissingExtra
 
+    if side not in ("auto", "image", "text", "both"):
+        raise InputError(f"--side must be auto, image, text or both, got `{side}`")
+    if method not in ("tsne", "umap", "pca"):
+        raise InputError(f"--method must be tsne, umap or pca, got `{method}`")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out `{out.name}` is a file; an exploration is a folder", hint="name another")
     for name, module, package in (("tsne", "openTSNE", "openTSNE"), ("umap", "umap", "umap-learn")):
         if method == name and find_spec(module) is None:
             raise MissingExtra(package, "analysis")
 
 
-def _sides(
-    read: Any, side: str, store: Path | None, table: Path | None, encoder: Encoder | None
-) -> tuple[Embeddings, Embeddings | None]:
+def _sides(read: Any, side: str, table: Path | None, encoder: Encoder | None) -> tuple[Embeddings, Embeddings | None]:
     """Return what is clustered, and what is mapped beside it."""
     if side in ("image", "text"):
         return read(side=side), None

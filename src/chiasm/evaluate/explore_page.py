@@ -195,8 +195,8 @@ def _agreement(found: Exploration, clustering: Clustering) -> Section:
         Table(
             ("column", "score", "value [95 % by patient]", "chance", "97.5 % of chance", "one cluster for all"),
             tuple(rows),
-            "Chance: the mean over labels dealt out anew"
-            + (", to whole patients. " if found.embeddings.patients else ". ")
+            "Intervals: patients drawn anew, the clusters held as they are. Chance: the mean over labels dealt out anew"
+            + (", to whole patients of as many rows. " if found.embeddings.patients else ". ")
             + " ".join(f"{s.upper()}: {MEANING[s]}." for s in ("ari", "ami", "nmi", "purity")),
         )
     )
