@@ -45,7 +45,9 @@ class ClipGuidance:
     """A loss of pixels: how far they are from texts, seen through an encoder.
 
     The loss of an image is the weighted mean of ``1 - cosine`` over the texts and over cutouts, less the same for the
-    texts against. Parameters of the encoder get no gradient, whatever the caller does with the loss.
+    texts against. Parameters of the encoder get no gradient, whatever the caller does with the loss. With one cutout, the
+    whole image, it equals 1 - the encoder's own cosine: to rounding at the model's size, to about 0.01 where the image is
+    resized, since Pillow rounds to 8 bits on the way (docs/lab-notes.md, 2026-11-21).
 
     Args:
         encoder: With both sides. It is used in eval mode and left as it is.
