@@ -112,6 +112,15 @@ def test_a_model_with_prompts_and_its_calibration(chiasm, model_dir, tmp_path):
     assert "effusion" in printed
     again = chiasm("calibrate", "--table", table, *ask, "--apply", saved, "--json")["rows"]
     assert [r["answer nodule"] for r in again] == [r["answer nodule"] for r in found["calibrated"]]
+    store, domain = tmp_path / "films.store", tmp_path / "d.json"
+    chiasm("embed", table, "--model", model_dir, "--modality", "image", "--out", store)
+    two = ("--in-domain", store, "--in-domain", store, "--out-of-domain", store, "--fit-share", "0.7", "--resamples", 20)
+    judged = chiasm("calibrate", "--store", store, *ask, "--truth", "*", *two, "--save", domain, "--json")
+    assert judged["scores"]["domain"]["false_alarms"]["n"] == 36  # a fifth of the patients of both stores
+    assert judged["scores"]["domain"]["auroc"]["n"] == 36 + 90
+    assert [p.rsplit(".", 1)[1] for p in judged["saved"]] == ["json", "npz"]
+    flagged = chiasm("zero-shot", "--table", table, *ask, "--calibration", domain, "--json")["calibrated"]
+    assert {"out of domain", "domain score", "domain p"} <= set(flagged[0])
     other = (*ask[:3], "nodule,effusion", "--multi")
     assert "the calibration is of" in chiasm("zero-shot", "--table", table, *other, "--calibration", saved, code=1)
     worded = (*ask, "--template", "this shows {}")

@@ -55,10 +55,11 @@ ByClassOption = Annotated[
     typer.Option("--by-class/--overall", help="Coverage for each class by itself; labels: yes, classes: no."),
 ]
 InDomainOption = Annotated[
-    Path | None, typer.Option("--in-domain", help="Store of images of the kind, for the out-of-domain score.")
+    list[Path] | None,
+    typer.Option("--in-domain", help="Store of images of the kind, for the out-of-domain score; once a hospital."),
 ]
 ForeignOption = Annotated[
-    Path | None, typer.Option("--out-of-domain", help="Store of images of other kinds, to judge that score by.")
+    list[Path] | None, typer.Option("--out-of-domain", help="Store of images of other kinds, to judge that score by.")
 ]
 DomainMethodOption = Annotated[str, typer.Option("--domain-method", help="mahalanobis or knn.")]
 AlarmsOption = Annotated[float, typer.Option("--false-alarms", help="Share of images of the kind it may turn away.")]
@@ -144,7 +145,7 @@ def run(
     if apply is not None:
         _apply(apply, source, csv)
         return
-    if out_of_domain is not None and in_domain is None:
+    if out_of_domain and not in_domain:
         raise InputError("--out-of-domain needs images of the kind to compare with", hint="add --in-domain STORE")
     from chiasm.evaluate.calibration_scores import score_calibration
     from chiasm.tasks.calibrated import CalibrationPlan, fit_calibration
@@ -157,7 +158,7 @@ def run(
     calibration = fit_calibration(scored.rows.select(fitting), plan)
     found = score_calibration(calibration, scored.rows.select(judging), n_resamples=resamples, seed=seed)
     domain: DomainReference | None = None
-    if in_domain is not None:
+    if in_domain:
         domain, judged = _domain(scored, in_domain, out_of_domain, domain_method, false_alarms, group, resamples, seed)
         found = _with_domain(found, judged)
     settings = {**plan.to_dict(), "split": split, "resamples": resamples}
@@ -237,8 +238,8 @@ def _zero_shot(source: Source, with_truth: bool) -> Scored:
 
 def _domain(
     scored: Scored,
-    in_domain: Path,
-    out_of_domain: Path | None,
+    in_domain: Sequence[Path],
+    out_of_domain: Sequence[Path] | None,
     method: str,
     false_alarms: float,
     group: str | None,
@@ -248,7 +249,6 @@ def _domain(
     """Return the reference and what it is worth: three fifths of the patients make it, a fifth each sets and judges."""
     import numpy as np
 
-    from chiasm.cli.vectors import open_vectors
     from chiasm.evaluate.calibration_scores import score_domain
     from chiasm.tasks.domain import fit_domain
     from chiasm.tasks.scored_rows import deal_patients
@@ -257,9 +257,9 @@ def _domain(
     if scored.images is None:
         raise InputError("an out-of-domain score needs embeddings; scores from a table have none",
                          hint="use --table or --store with --model")  # fmt: skip
-    kind = open_vectors(store=in_domain, table=None, group=group)
+    kind = _read_stores(in_domain, group)
     check_same_space(scored.images, kind)
-    foreign = None if out_of_domain is None else open_vectors(store=out_of_domain, table=None)
+    foreign = _read_stores(out_of_domain, None) if out_of_domain else None
     held = deal_patients(kind.groups, 0.4, seed=seed)
     rest = kind.select(held)
     judged = deal_patients(rest.groups, 0.5, seed=seed + 1)
@@ -267,6 +267,31 @@ def _domain(
                            false_alarms=false_alarms)  # fmt: skip
     options: dict[str, Any] = {"n_resamples": resamples, "seed": seed}
     return reference, score_domain(reference, rest.select(judged), foreign, **options)
+
+
+def _read_stores(stores: Sequence[Path], group: str | None) -> Embeddings:
+    """Return the images of several stores; equal names of patients in two stores are two patients."""
+    import dataclasses
+
+    import numpy as np
+
+    from chiasm.cli.vectors import open_vectors
+    from chiasm.types import check_same_space
+
+    found = [open_vectors(store=store, table=None, group=group) for store in stores]
+    check_same_space(*found)
+    if len(found) == 1:
+        return found[0]
+    return dataclasses.replace(
+        found[0],
+        vectors=np.concatenate([e.normalize().vectors for e in found]),
+        normalized=True,
+        ids=tuple(f"{k} {i}" for k, e in enumerate(found) for i in e.ids),
+        patients=tuple(f"{k} {g}" for k, e in enumerate(found) for g in e.groups),
+        texts=None,
+        paths=None,
+        labels={},
+    )
 
 
 def _with_domain(scores: CalibrationScores, domain: DomainScores) -> CalibrationScores:
