@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from chiasm.evaluate.run_card import make_run_card
 from chiasm.io.manifest import to_json
 from chiasm.metrics.classification import balanced_accuracy_interval
 from chiasm.tasks.k_shot import Answer, Draws, draw_episodes, run_episodes
-from chiasm.types import Embeddings, Sample, Space
+from chiasm.types import Embeddings, Interval, Sample, Space
 
 N, TEST = 360, 120
 
@@ -98,6 +99,28 @@ def test_verdicts(scores: FewShotScores) -> None:
     raw = [c.difference.p_raw for c in scores.contrasts]
     assert all(c.difference.p >= r for c, r in zip(scores.contrasts, raw, strict=True))
     assert max(c.difference.p / r for c, r in zip(scores.contrasts, raw, strict=True)) == pytest.approx(6)
+
+
+@pytest.mark.parametrize(
+    ("value", "p", "low", "high", "verdict"),
+    [
+        (0.1, 0.01, 0.05, 0.15, "better"),
+        (-0.1, 0.01, -0.15, -0.05, "worse"),
+        (0.1, 0.20, 0.05, 0.15, "not told apart"),  # other shots might undo it
+        (0.1, 0.01, -0.01, 0.2, "not told apart"),  # other patients might
+        (-0.1, 0.01, -0.2, 0.01, "not told apart"),
+        (0.1, math.nan, 0.05, 0.15, "not told apart"),  # one seed has no p
+        (0.1, 0.01, math.nan, math.nan, "not told apart"),  # one patient has no interval
+        (0.1, 0.05, 0.05, 0.15, "not told apart"),
+    ],
+)
+def test_what_may_be_claimed(
+    scores: FewShotScores, value: float, p: float, low: float, high: float, verdict: str
+) -> None:
+    known = scores.contrasts[0]
+    found = replace(known.difference, value=value, p=p, patients=Interval(value, low, high, TEST, 0.0))
+    assert replace(known, difference=found).verdict == verdict
+    assert replace(known, difference=replace(found, patients=None)).verdict == "not told apart"
 
 
 def test_seeds_alone_are_no_claim(draws: Draws) -> None:

@@ -51,7 +51,7 @@ def learning_curves(scores: FewShotScores) -> str:
             axes.legend(fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
         found[0].set_ylabel("balanced accuracy")
 
-    return draw(5.4 * len(panels) + 0.4, 4.6, paint)
+    return draw(11.2 if len(panels) == 2 else 8.6, 4.6 if len(panels) == 2 else 4.2, paint)
 
 
 def _curve(axes: Axes, scores: FewShotScores, method: str, colour: str, mark: str, *, faint: bool = False) -> None:
