@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -154,6 +156,18 @@ def test_what_is_wrong_is_said(chiasm, table, words, message):
     text = chiasm("survival", "--table", table, "--time", "days", *features, *words, code=1)
     assert message in text
     assert "hint: " in text
+
+
+def test_real_tables_of_slides_become_patients(chiasm):
+    """TCGA: 437 slides of 373 bladder cancers; its flag is the opposite of an event."""
+    root = Path(os.environ.get("CHIASM_DATA", "")) / "tcga_survival" / "metadata.csv"
+    if "CHIASM_DATA" not in os.environ or not root.is_file():
+        pytest.skip("CHIASM_DATA names no folder with tcga_survival")
+    found = chiasm("survival", "--table", root, "--where", "cohort=BLCA", "--group", "case_id", "--time",
+                   "survival_months", "--censored", "censorship", "--unit", "months", "--features", "clinical:age",
+                   "--resamples", "50", "--json")  # fmt: skip
+    assert (found["rows"], found["patients"], found["events"]) == (437, 373, 169)
+    assert found["models"]["clinical:age"]["harrell"]["value"] == pytest.approx(0.61, abs=0.04)  # older is worse
 
 
 def test_features_must_be_named_where_there_is_no_model(chiasm, table):

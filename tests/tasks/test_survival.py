@@ -102,6 +102,14 @@ def test_noise_stays_at_chance(phantoms):
     assert abs(np.mean(found) - 0.5) < 0.05
 
 
+def test_the_penalty_is_the_one_with_the_best_cross_validated_likelihood(phantoms):
+    """On noise that is (nearly) the strongest; choosing by the likelihood of training would take the weakest."""
+    _, _, _, time, event, _ = phantoms
+    noise = np.random.default_rng(0).normal(size=(200, 30))
+    model = CoxNet(**QUICK).fit(noise, survival_target(time[:200], event[:200]))
+    assert model.chosen_["nonzero"] <= 3
+
+
 def test_plain_cox_is_scikit_survivals(phantoms):
     from sksurv.linear_model import CoxPHSurvivalAnalysis
 

@@ -63,6 +63,22 @@ def test_on_noise_it_stops_near_the_beginning():
     assert np.std(model.predict(x)) < 0.3
 
 
+def test_the_network_of_the_best_step_is_kept():
+    """Not the last one, which has learnt the training patients by heart."""
+    from chiasm.losses.survival import cox_loss
+
+    x, time, event = cohort(3, 120, hazard=lambda x: 0.5 * x[:, 0])
+    model = NeuralCox(epochs=40, patience=40, hidden=(32,), dropout=0.0)
+    model.median_, model.mean_, model.scale_ = np.zeros(4), np.zeros(4), np.ones(4)
+    tensors = (torch.from_numpy(x).float(), torch.from_numpy(time), torch.from_numpy(event))
+    held_out = torch.arange(120) % 3 == 0
+    network, best, step = model._train(*tensors, held_out, 0.01, 0)
+    with torch.no_grad():
+        risk = network(tensors[0][held_out]).squeeze(1)
+        assert float(cox_loss(risk, tensors[1][held_out], tensors[2][held_out])) == pytest.approx(best, abs=1e-6)
+    assert step < 40
+
+
 def test_probabilities_fall_from_one_and_their_mean_is_the_curve(curved, fitted):
     x, time, event = curved
     times = np.quantile(time, [0.0, 0.2, 0.4, 0.6, 0.8])

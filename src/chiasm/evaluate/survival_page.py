@@ -90,7 +90,8 @@ def _order(scores: SurvivalScores) -> Section:
         (
             Figure(
                 interval_dots({n: m.harrell for n, m in scores.models.items()}, xlabel="Harrell's C", width=8.6),
-                "Bootstrap of patients, 95 %. Pairs are formed within a fold.",
+                "Bootstrap of patients, 95 %, with the fitted models as they are: other training patients would add to it. "
+                "Pairs are formed within a fold.",
                 wide=True,
             ),
             Table(
