@@ -152,6 +152,16 @@ def test_the_page_shows_numbers_and_no_patient(labels):
     json.dumps(scores.to_dict(), allow_nan=False)
 
 
+def test_what_was_calibrated_already_is_said():
+    rows = labels_rows(1)
+    honest = ScoredRows((rows.scores - 2) / 3, rows.truth, rows.groups, rows.ids, rows.origin)
+    calibration = fit_calibration(honest.select(np.arange(100)))  # 50 patients spoil what was nearly right
+    scores = score_calibration(calibration, honest.select(np.arange(100, 1000)), n_resamples=20)
+    assert any("did not improve" in note for note in scores.notes)
+    assert "did not help" in render_page(calibration_page(calibration, scores, CARD))
+    assert "did not improve" not in " ".join(score_calibration(fit_calibration(rows), rows, n_resamples=20).notes)
+
+
 def test_sets_that_are_empty_are_explained():
     random = np.random.default_rng(0)
     truth = random.integers(0, 2, (800, 1)).astype(float)

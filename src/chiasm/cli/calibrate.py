@@ -361,6 +361,8 @@ def _print(
         print("  there is no column of patients: each row counts as a patient")
     for label, reason in scores.refused.items():
         print(f"  {label}: {reason}")
+    for note in scores.notes:
+        print(f"  {note}")
     if scores.domain is not None:
         print(f"  images of the kind turned away: {scores.domain.false_alarms}")
         if scores.domain.auroc is not None:

@@ -42,7 +42,11 @@ def calibration_page(
         notes = tuple(Note(note) for note in scores.notes)
         table = (Table(("label", "why"), rows),) if rows else ()
         sections.append(
-            Section("What was not calibrated", "Too little to go by is said, not guessed.", (*table, *notes))
+            Section(
+                "What was left out, and what did not help",
+                "Too little to go by is said, not guessed.",
+                (*table, *notes),
+            )
         )
     if file is not None:
         sections.append(_go_on(file, calibration))

@@ -238,6 +238,12 @@ def score_calibration(
         f"label `{label}` has no truth among the test rows" for label in calibration.labels if label not in judged
     )
     notes += tuple(f"label `{f.label}` has no test row on one side" for f in found if 0 in (f.positives, f.negatives))
+    notes += tuple(
+        f"calibrating `{f.label}` did not improve its Brier score here (gain {f.errors.gain['brier']}): the classifier's own "
+        "probabilities serve as well"
+        for f in found
+        if f.errors.gain["brier"].value <= 0
+    )
     if single:
         classes = np.where(rows.classes < 0, np.nan, rows.classes.astype(np.float64))
         pooled = _errors(classes, rows.uncalibrated, answers.probabilities, rows.groups, "top", options)

@@ -78,7 +78,7 @@ def _key_numbers(result: ModerationResult, scores: ModerationScores | None) -> t
         for action in ACTIONS
     ]
     if scores is not None and math.isfinite(scores.wanted.value):
-        found.append(KeyNumber("right decisions", scores.wanted, "reviews left out"))
+        found.append(KeyNumber("right decisions", scores.wanted, "always the commonest; reviews left out"))
     return tuple(found)
 
 
