@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -178,6 +179,7 @@ def _train(
         raise InputError("no image of the vectors has the id of a report", hint="embed the same table: `chiasm embed`")
     images = images.select(rows)
     order = np.array([place[name] for name in images.ids])
+    images = dataclasses.replace(images, patients=tuple(weak.patients[k] for k in order))  # as the table groups them
     values = weak.resolve(uncertain=uncertain, blank=blank)[order]
     columns = {name: values[:, k] for k, name in enumerate(weak.findings)}
     parts = [samples[k].split for k in order]
