@@ -1,7 +1,7 @@
 """Pointing game of large findings: at least 0.8 where the model is known to see them; the scores of a set add up.
 
-The default suite plants the truth: a tower that looks for red, and red findings of known boxes. A CLIP that was trained on
-phantoms is asked in the slow suite; docs/lab-notes.md holds the numbers of the demo's model.
+The default suite plants the truth: a tower that looks for red, and red findings of known boxes. The demo's CLIP is asked in the
+slow suite; docs/lab-notes.md holds the numbers of the demo's model.
 """
 
 from __future__ import annotations
@@ -122,33 +122,36 @@ def test_refusals() -> None:
 
 
 @pytest.mark.slow
-def test_a_clip_trained_on_phantoms_points_at_large_findings(tmp_path: Path) -> None:
-    """About a minute of training; the best method is fixed beforehand, not chosen on these patients."""
+def test_the_demos_model_points_at_large_findings(tmp_path: Path) -> None:
+    """The model of `make demo` where it lies there, else trained here (minutes); method and patients are fixed beforehand.
+
+    A tower that was trained for a minute only does not reach it: .74 by occlusion (docs/lab-notes.md, 2026-11-21). Devices
+    are left out: the box around a thin line is mostly empty.
+    """
     from chiasm.data.phantoms import make_chest_phantoms
     from chiasm.evaluate.demo import RECIPE
     from chiasm.load import load
     from chiasm.train.recipe import load_recipe
     from chiasm.train.run import train
 
-    recipe = load_recipe(RECIPE, SMALLER)
-    encoder = load(train(recipe, out=tmp_path / "run").best_dir)
-    size = recipe.encoder_config().preprocess.size
-    test = make_chest_phantoms(100, seed=0, size_px=size, first_patient=20_000)
+    ready = Path(__file__).parents[2] / "demo" / "model"
+    encoder = load(ready if ready.is_dir() else train(load_recipe(RECIPE), out=tmp_path / "run").best_dir)
+    test = make_chest_phantoms(100, seed=0, size_px=encoder.preprocess_spec.size, first_patient=20_000)
     cases = [
         Case(
-            lambda i=i: test.image(i), name, tuple(test.prompts[name]["positive"]), tuple(test.prompts[name]["negative"]),
-            tuple(b for b in sample.boxes if b.label == name), sample.group,
+            lambda i=i: test.image(i),  # type: ignore[misc]
+            name,
+            tuple(test.prompts[name]["positive"]),
+            tuple(test.prompts[name]["negative"]),
+            tuple(b for b in sample.boxes if b.label == name),
+            sample.group,
         )
         for i, sample in enumerate(test.samples)
         for name in ("effusion", "pneumothorax", "consolidation", "cardiomegaly", "oedema")
         if any(b.label == name for b in sample.boxes)
-    ]  # fmt: skip
+    ]
     found = score_methods(encoder, cases, methods=["layer_cam"], n_resamples=300).of("layer_cam")
     assert found.large is not None
     assert found.large.pointing_game.value >= 0.8
     assert found.gain_large is not None
     assert found.gain_large.difference.low > 0.2
-
-
-#: Changes to the demo's recipe that train in a minute on two cores.
-SMALLER = ("image.image_size=64", "preprocess.size=64", "data.patients=1200", "optim.epochs=10")
