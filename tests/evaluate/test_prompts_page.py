@@ -11,12 +11,14 @@ from chiasm.errors import InputError, LeakageError
 from chiasm.evaluate.page import render_page
 from chiasm.evaluate.prompts_page import effects_page, search_page, tuning_page
 from chiasm.evaluate.run_card import make_run_card
-from chiasm.evaluate.tuning_scores import score_tuning, take_shots, tuned_classifier
+from chiasm.evaluate.tuning_scores import coop_method, score_tuning, take_shots, tuned_classifier
 from chiasm.metrics.classification import auroc, balanced_accuracy
+from chiasm.tasks.k_shot import draw_episodes, run_episodes
 from chiasm.tasks.prompt_effects import explain_prompts
 from chiasm.tasks.prompt_grid import PromptGrid
 from chiasm.tasks.prompt_search import search_prompts, split_patients
 from chiasm.tasks.zero_shot import classifier_of_directions, classify
+from chiasm.testing import TinyEncoder
 from chiasm.train.prompt_tuning import TunedPrompts
 from chiasm.train.prompt_writer import TuningConfig
 from chiasm.types import Embeddings, Space
@@ -99,6 +101,30 @@ def test_shots_are_of_different_patients_and_of_every_class() -> None:
         take_shots(classes, images.groups, range(80), 50)
     with pytest.raises(InputError, match="at least 1"):
         take_shots(classes, images.groups, range(80), 0)
+
+
+def test_learned_prompts_are_a_method_of_the_k_shot_protocol() -> None:
+    encoder = TinyEncoder()
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 2, 60)
+    rows = rng.normal(size=(60, encoder.dim)) + 4 * (2 * truth[:, None] - 1) * np.eye(encoder.dim)[0]
+    ids = tuple(map(str, range(60)))
+    images = Embeddings(rows, ids, encoder.space, "image", normalized=False, logit_scale=encoder.logit_scale)
+    draws = draw_episodes(truth.tolist(), ids, np.arange(60) >= 40, shots=(4,), seeds=(0, 1))
+    method = coop_method(
+        encoder,
+        images,
+        draws,
+        spoken=("healthy", "ill"),
+        config=TuningConfig(epochs=20, learning_rate=0.02, class_specific=True),
+    )
+    answers = run_episodes(draws, {"coop": method})
+    assert [a.probabilities.shape for a in answers] == [(20, 2)] * 2
+    assert all(0 <= a.chosen["epoch"] <= 20 for a in answers)
+    right = truth[draws.episodes[0].test]
+    assert auroc(right, answers[0].probabilities[:, 1]) > 0.8
+    with pytest.raises(InputError, match="1 names for 2 classes"):
+        coop_method(encoder, images, draws, spoken=("ill",))
 
 
 def test_pages_say_what_they_must_and_hold_no_patient() -> None:

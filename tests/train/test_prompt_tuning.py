@@ -17,7 +17,7 @@ from chiasm.data.huggingface_tokenizer import HuggingFaceTokenizer
 from chiasm.encoders.base import Encoder, EncoderConfig, ImageTowerConfig, ProjectionConfig, TextTowerConfig
 from chiasm.encoders.build import build_encoder_model
 from chiasm.encoders.ensemble import EnsembleModel
-from chiasm.errors import CheckpointError, ChiasmError, ConfigError, InputError, SpaceMismatch
+from chiasm.errors import CheckpointError, ChiasmError, ConfigError, InputError, LeakageError, SpaceMismatch
 from chiasm.tasks.prompts import LabelPrompts, PromptSet
 from chiasm.tasks.zero_shot import build_classifier, classifier_of_directions, classify
 from chiasm.testing import TinyEncoder
@@ -186,6 +186,17 @@ def test_one_patient_only_trains_on_all_rows() -> None:
     found = tune_prompts(encoder, images, NAMES, truth, config=TuningConfig(epochs=2), groups=["a"] * 8)
     assert found.rows == (8, 0)
     assert found.best_epoch == 2
+
+
+def test_given_rows_choose_the_epoch_and_share_no_patient_with_the_others() -> None:
+    encoder = TinyEncoder()
+    images, truth = pictures(encoder, 16)
+    found = tune_prompts(encoder, images, NAMES, truth, config=TuningConfig(epochs=2), held=range(12, 16))
+    assert found.rows == (12, 4)
+    with pytest.raises(LeakageError, match="1 patients teach"):
+        tune_prompts(encoder, images, NAMES, truth, held=[15])
+    with pytest.raises(InputError, match="left to teach"):
+        tune_prompts(encoder, images, NAMES, truth, held=range(16))
 
 
 def test_the_anchor_holds_prompts_near_their_words() -> None:

@@ -7,20 +7,23 @@ patients, chance and majority, and paired differences with p by Holm over the la
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from chiasm.encoders.face import Encoder
 from chiasm.errors import InputError, LeakageError
 from chiasm.metrics.bootstrap import WeightStatistic, paired_difference, weighted_interval
 from chiasm.metrics.classification import majority_baseline
 from chiasm.metrics.compare import PairedTest, compare_findings, compare_metric
 from chiasm.metrics.labels import as_binary, is_missing
 from chiasm.metrics.weighted import auroc_statistic, balanced_accuracy_statistic, macro_auroc_statistic
+from chiasm.tasks.k_shot import Draws, Episode, Method
 from chiasm.tasks.zero_shot import Mode, TextClassifier, classifier_of_directions, classify
-from chiasm.train.prompt_tuning import TunedPrompts
+from chiasm.train.prompt_tuning import TunedPrompts, tune_prompts
+from chiasm.train.prompt_writer import TuningConfig
 from chiasm.types import Embeddings, Interval, LabelValue
 
 Rows = NDArray[np.intp]
@@ -96,6 +99,49 @@ def tuned_classifier(tuned: TunedPrompts) -> TextClassifier:
         logit_scale=tuned.logit_scale,
         logit_bias=tuned.logit_bias,
     )
+
+
+def coop_method(
+    encoder: Encoder,
+    images: Embeddings,
+    draws: Draws,
+    *,
+    spoken: Sequence[str] | None = None,
+    config: TuningConfig | None = None,
+) -> Method:
+    """Return learned prompts as a method of the k-shot protocol; the episode's validation rows choose the epoch.
+
+    Args:
+        encoder: Of the images.
+        images: All rows, in the order of the draws.
+        draws: From :func:`chiasm.tasks.k_shot.draw_episodes`.
+        spoken: What stands in the prompt for each class; by default the classes' names.
+        config: Settings of mode ``single``; the seed is the episode's.
+
+    Raises:
+        InputError: Another mode, or a number of names that does not fit.
+    """
+    base = config or TuningConfig()
+    labels = [f"{i:04d}" for i in range(len(draws.classes))]  # classes may be numbers
+    words = [str(c).replace("_", " ") for c in draws.classes] if spoken is None else list(spoken)
+    if base.mode != "single" or len(words) != len(labels):
+        raise InputError(f"got {len(words)} names for {len(labels)} classes that exclude each other")
+
+    def method(episode: Episode) -> tuple[NDArray[np.float64], Mapping[str, Any]]:
+        rows = np.concatenate([episode.train, episode.validation])
+        tuned = tune_prompts(
+            encoder,
+            images.select(rows),
+            dict(zip(labels, words, strict=True)),
+            [labels[t] for t in draws.truth[rows]],
+            config=replace(base, seed=episode.seed),
+            groups=[episode.patients[i] for i in rows],
+            held=range(len(episode.train), len(rows)),
+        )
+        answer = classify(images.select(episode.test), tuned_classifier(tuned))
+        return answer.probabilities, {"epoch": tuned.best_epoch}
+
+    return method
 
 
 def take_shots(truth: Truth, groups: Sequence[str], rows: Sequence[int] | Rows, shots: int, *, seed: int = 0) -> Rows:

@@ -34,7 +34,7 @@ from chiasm.checkpoints import native
 from chiasm.config import build, to_mapping
 from chiasm.data.splits import split_by_group
 from chiasm.encoders.face import Encoder
-from chiasm.errors import CheckpointError, InputError, SpaceMismatch
+from chiasm.errors import CheckpointError, InputError, LeakageError, SpaceMismatch
 from chiasm.metrics.labels import as_binary, is_missing
 from chiasm.progress import Progress, SilentProgress
 from chiasm.train.prompt_writer import PromptWriter, TuningConfig, token_table
@@ -102,6 +102,7 @@ def tune_prompts(
     *,
     config: TuningConfig | None = None,
     groups: Sequence[Hashable] | None = None,
+    held: Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> TunedPrompts:
     """Learn prompts from labelled images.
@@ -113,9 +114,11 @@ def tune_prompts(
         truth: The class of each row (``single``), or label -> 0, 1, None a row (``multi``); rows without are left out.
         config: Settings.
         groups: Patient of each row; by default those of ``images``. Some of them choose the epoch, if there are enough.
+        held: Rows that choose the epoch and teach nothing, in place of a share of the patients.
         progress: Told about every epoch.
 
     Raises:
+        LeakageError: A patient of ``held`` also teaches.
         SpaceMismatch: The vectors are not of this encoder.
         InputError: A text tower that cannot be tuned, too long a prompt, or a truth that does not fit.
     """
@@ -135,14 +138,14 @@ def tune_prompts(
     patients = [str(g) for g in (images.groups if groups is None else groups)]
     if len(patients) != len(images):
         raise InputError(f"there are {len(patients)} groups for {len(images)} images")
-    train, held = _hold_out(target, known, patients, config)
+    train, chooses = _hold_out(target, known, patients, config) if held is None else _given(held, known, patients)
     writer = PromptWriter(encoder, spoken, config)
     pixels = torch.from_numpy(images.normalize().vectors).to(encoder.device)
     scale = encoder.logit_scale if encoder.logit_scale is not None else FALLBACK_SCALE
     problem = _Problem(pixels, torch.from_numpy(target).to(encoder.device), scale, config, len(names), train)
     with _frozen(encoder.model), torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        history, best = _learn(writer, problem, train, held, config, progress or SilentProgress())
+        history, best = _learn(writer, problem, train, chooses, config, progress or SilentProgress())
         with torch.no_grad():
             found = [d.float().cpu().numpy() for d in writer.directions()]
     return TunedPrompts(
@@ -157,7 +160,7 @@ def tune_prompts(
         encoder.logit_bias,
         tuple(history),
         best,
-        (len(train), len(held)),
+        (len(train), len(chooses)),
     )
 
 
@@ -379,6 +382,21 @@ def _hold_out(
     if config.mode == "single" and not set(target[rows]) <= set(target[train]) & set(target[held]):
         return rows, rows[:0]
     return train, held
+
+
+def _given(
+    held: Sequence[int], known: NDArray[np.bool_], patients: Sequence[str]
+) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Return rows that train and the labelled ones of those that the caller wants to choose the epoch."""
+    chooses = np.zeros(len(known), dtype=bool)
+    chooses[np.asarray(held, dtype=np.intp)] = True
+    train, rows = np.flatnonzero(known & ~chooses), np.flatnonzero(known & chooses)
+    both = {patients[int(k)] for k in train} & {patients[int(k)] for k in rows}
+    if both:
+        raise LeakageError(f"{len(both)} patients teach the prompts and choose the epoch", hint="split by patient")
+    if not len(train):
+        raise InputError("no labelled row is left to teach")
+    return train, rows
 
 
 @contextmanager
