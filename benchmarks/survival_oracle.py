@@ -11,7 +11,10 @@ text and joint embeddings.
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 import tempfile
+from typing import Any
 
 import numpy as np
 
@@ -48,18 +51,24 @@ def main() -> None:
     oracle = survival_data(truth, groups, days, event).features[:, 0]
     sets = {"findings": findings, "findings in noise": hidden, "image": image, "text": text,
             "image and text": np.concatenate([image, text], axis=1)}  # fmt: skip
+    found: list[dict[str, Any]] = []
     for name, features in sets.items():
         data = survival_data(features, groups, days, event)
         plain = CoxNet(free=range(features.shape[1])) if name == "findings" else CoxNet()
         for method, model in {"coxnet": plain, **({"neural": NeuralCox()} if options.neural else {})}.items():
             out = cross_validated_risks(model, data)
             ours, best = (harrell_statistic(data.time, data.event, r, strata=out.fold) for r in (out.risk, oracle))
-            print(
-                f"{name:18s} {method:7s} C {harrell_c(data.time, data.event, out.risk, strata=out.fold)}  oracle "
-                f"{harrell_c(data.time, data.event, oracle, strata=out.fold)}  difference "
-                f"{compare_statistics(ours, best, len(data)).difference}  ({data.events} events)",
-                flush=True,
-            )
+            found.append({
+                "features": name,
+                "method": method,
+                "c": harrell_c(data.time, data.event, out.risk, strata=out.fold).to_dict(),
+                "oracle": harrell_c(data.time, data.event, oracle, strata=out.fold).to_dict(),
+                "difference": compare_statistics(ours, best, len(data)).difference.to_dict(),
+                "events": data.events,
+            })  # fmt: skip
+            values = {k: v["value"] for k, v in found[-1].items() if isinstance(v, dict)}
+            print(f"{name:18s} {method:7s}", {k: round(v, 3) for k, v in values.items()}, file=sys.stderr, flush=True)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
