@@ -106,7 +106,7 @@ class Structure:
         if len(self.jaccard) < 2:
             return "no stable structure: fewer than two clusters were found"
         stable = f"clusterings of other patients agree to {self.stability:.2f} (adjusted Rand index)"
-        separate = f"silhouette {self.silhouette:.2f}, of structureless clouds {_text(self.null_silhouette)}, p = {self.p_value:.2f}"
+        separate = f"silhouette {self.silhouette:.2f}, of structureless clouds {_text(self.null_silhouette)}, p = {self.p_value:.3f}"
         if self.found:
             return f"stable structure: {stable}; {separate}"
         why = []
