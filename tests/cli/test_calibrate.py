@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from chiasm.io.store import save_embeddings
 from chiasm.tasks.zero_shot import sigmoid
+from chiasm.types import Embeddings, Space
+
+PROBE = Path(__file__).parents[2] / "examples" / "probe_scores.py"
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +120,18 @@ def test_a_model_with_prompts_and_its_calibration(chiasm, model_dir, tmp_path):
     assert [r["answer nodule"] for r in again] == [r["answer nodule"] for r in found["calibrated"]]
     store, domain = tmp_path / "films.store", tmp_path / "d.json"
     chiasm("embed", table, "--model", model_dir, "--modality", "image", "--out", store)
-    two = ("--in-domain", store, "--in-domain", store, "--out-of-domain", store, "--fit-share", "0.7", "--resamples", 20)
+    two = (
+        "--in-domain",
+        store,
+        "--in-domain",
+        store,
+        "--out-of-domain",
+        store,
+        "--fit-share",
+        "0.7",
+        "--resamples",
+        20,
+    )
     judged = chiasm("calibrate", "--store", store, *ask, "--truth", "*", *two, "--save", domain, "--json")
     assert judged["scores"]["domain"]["false_alarms"]["n"] == 36  # a fifth of the patients of both stores
     assert judged["scores"]["domain"]["auroc"]["n"] == 36 + 90
@@ -125,3 +142,31 @@ def test_a_model_with_prompts_and_its_calibration(chiasm, model_dir, tmp_path):
     assert "the calibration is of" in chiasm("zero-shot", "--table", table, *other, "--calibration", saved, code=1)
     worded = (*ask, "--template", "this shows {}")
     assert "other prompts" in chiasm("zero-shot", "--table", table, *worded, "--calibration", saved, code=1)
+
+
+def test_a_probe_of_stored_vectors_is_a_table_of_scores(chiasm, tmp_path, monkeypatch, capsys):
+    """``examples/probe_scores.py``: three classes, labels joined by ``|``, and out-of-fold scores with their AUROC."""
+    random = np.random.default_rng(0)
+    patient = np.repeat(np.arange(320), 2)
+    true = random.integers(0, 3, 320)[patient]
+    vectors = random.normal(size=(640, 5)) + 1.5 * np.eye(3, 5)[true]
+    names = np.array(["a", "b", "c"])[true]
+    joined = tuple(f"{n}|{'a' if n == 'b' else 'b'}" if random.random() < 0.3 else str(n) for n in names)
+    images = Embeddings(vectors, tuple(f"i{k}" for k in range(640)), Space("t", "w", "p", 5), "image", normalized=False,
+                        patients=tuple(f"p{p}" for p in patient), labels={"kind": tuple(names.tolist()), "many": joined})  # fmt: skip
+    save_embeddings(tmp_path / "s.store", images)
+
+    def probe(*words):
+        monkeypatch.setattr("sys.argv", ["probe_scores.py", str(tmp_path / "s.store"), *words])
+        runpy.run_path(str(PROBE), run_name="__main__")
+
+    probe("--label", "kind", "--out", str(tmp_path / "kind.csv"))
+    found = chiasm("calibrate", "--scores", tmp_path / "kind.csv", "--resamples", 20, "--json")
+    assert found["scores"]["mode"] == "single"
+    assert found["scores"]["labels"]["a"]["auroc"]["value"] > 0.8
+    assert found["split"] == "fitted on `val`, judged on `test`"
+    probe("--label", "many", "--out", str(tmp_path / "many.csv"), "--folds", "3")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["a", "b", "c"]
+    assert all("(Holm)" in line for line in lines)
+    assert len(pd.read_csv(tmp_path / "many.csv")) == 640

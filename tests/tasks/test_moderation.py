@@ -21,6 +21,7 @@ from chiasm.tasks.moderation import (
     read_policy,
     redecide,
     select_rows,
+    verdict_of,
 )
 from chiasm.types import Embeddings, Space
 
@@ -183,3 +184,11 @@ def test_what_is_no_policy(tmp_path):
         Policy("p", (Category("a", ("x",)), Category("a", ("y",))))
     with pytest.raises(InputError, match="text embeddings"):
         moderate(embed(["a photo"]), embed_policy(policy(), embed))
+
+
+def test_a_verdict_begins_exactly_at_its_bound():
+    category = Category("c", ("x",), action="reject", threshold=0.3, review=0.1)
+    below = [float(np.nextafter(v, -1)) for v in (0.3, 0.1)]
+    assert [verdict_of(category, v) for v in (0.3, below[0], 0.1, below[1])] == ["reject", "review", "review", None]
+    alone = dataclasses.replace(category, review=None)
+    assert [verdict_of(alone, v) for v in (0.3, below[0])] == ["reject", None]
