@@ -102,3 +102,13 @@ def test_refusals() -> None:
     other = rows(texts.vectors, modality="text", space=Space("other", "2" * 16, "1" * 12, 12))
     with pytest.raises(SpaceMismatch):
         score_agreement(images, other)
+
+
+def test_texts_are_exchanged_between_patients_only() -> None:
+    """Two patients, each with one meaning: a text of the own patient would win nothing."""
+    names = [f"r{k}" for k in range(4)]  # r0 and r1 are of one patient, r2 and r3 of another
+    meaning = np.eye(12)[[0, 0, 1, 1]] + 0.1
+    found = score_agreement(rows(meaning, ids=names), rows(meaning, modality="text", ids=names), n_resamples=20)
+    unit = meaning / np.linalg.norm(meaning, axis=1, keepdims=True)
+    assert found.wins.value == 1.0
+    assert found.exchanged.value == pytest.approx(2.5 * float(unit[0] @ unit[2]), abs=1e-5)
