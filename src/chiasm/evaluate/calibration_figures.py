@@ -50,6 +50,7 @@ def reliability_plots(curves: Mapping[str, tuple[ReliabilityCurve, ReliabilityCu
                 axes.set_ylabel("observed share")
             if k // columns == rows - 1 or k + columns >= len(curves):
                 axes.set_xlabel("stated probability")
+                axes.tick_params(labelbottom=True)
             if k == 0:
                 axes.legend(fontsize=9, loc="upper left")
 
