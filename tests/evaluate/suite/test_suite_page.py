@@ -7,6 +7,7 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from chiasm.evaluate.page import render_page
@@ -79,3 +80,15 @@ def test_nothing_of_a_patient_is_on_the_page(ended: SuiteRun, suite_dir: Path) -
     rows = ended.rows["films"]
     secrets = {s.id for s in rows.samples} | set(rows.groups) | {str(suite_dir)}
     assert not [s for s in secrets if re.search(rf"\b{re.escape(s)}\b", text)]
+
+
+def test_findings_of_few_patients_are_named(ended: SuiteRun) -> None:
+    rows = ended.rows["films"]
+    truth = rows.truth.copy()
+    truth[rows.rows_of("test")[1:], 0] = 0
+    truth[rows.rows_of("test")[0], 0] = 1
+    thin = dataclasses.replace(ended, rows={"films": dataclasses.replace(rows, truth=truth)})
+    assert "cardiomegaly (1 with, " in render_page(suite_page(thin))
+    many = np.tile([[0.0], [1.0]], (len(truth), 1))[: len(truth)]
+    enough = dataclasses.replace(rows, truth=np.repeat(many, 2, axis=1))
+    assert "on a side among" not in render_page(suite_page(dataclasses.replace(ended, rows={"films": enough})))

@@ -84,8 +84,8 @@ def heat_table(rows: Sequence[str], columns: Sequence[str], cells: Mapping[tuple
             spine.set_visible(False)
 
     longest = max(len(line) for column in columns for line in column.split("\n"))
-    width = max(6.2, 1.9 + len(columns) * max(0.9, 0.088 * longest + 0.25))
-    return draw(width, 0.5 * len(rows) + 1.0, paint)
+    width = max(4.6, 1.2 + len(columns) * max(0.8, 0.085 * longest + 0.15))
+    return draw(width, 0.42 * len(rows) + 0.7, paint)
 
 
 def model_dots(

@@ -15,6 +15,10 @@ from chiasm.types import Interval
 DISCLAIMER = "Research and teaching only; not a medical device."
 #: Findings and pairs whose tests are listed; the JSON holds all.
 MOST_TESTS = 40
+#: Tasks that a coloured table of half the page's width can show.
+WIDEST_HALF = 6
+#: With fewer patients on a side, the numbers of a finding say little.
+FEW_PATIENTS = 10
 
 
 def suite_page(run: SuiteRun) -> Page:
@@ -53,42 +57,37 @@ def _keys(run: SuiteRun, done: Sequence[CellOutcome]) -> tuple[KeyNumber, ...]:
 
 
 def _summary(run: SuiteRun) -> Section:
-    models = list(dict.fromkeys(c.model for c in run.cells))
-    columns: dict[str, tuple[str, str]] = {f"{c.data}\n{c.task}": (c.data, c.task) for c in run.cells}
-    cells = {}
+    figures: list[Block] = []
     rows: list[tuple[object, ...]] = []
-    for column, (data, task) in columns.items():
-        for model in models:
-            cell = run.cell(model, data, task)
-            if cell is None:
-                continue
-            if cell.result is None:
-                cells[model, column] = HeatCell(math.nan, math.nan)
-                continue
-            main = cell.result.main
-            lower = main.better == "lower"
-            best = run.best.get((data, task)) == model
-            cells[model, column] = HeatCell(
-                main.value.value, shade_of(main.value.value, main.value.chance, lower=lower), best
-            )
-    for data, task in columns.values():
-        found = [(m, c.result) for m in models if (c := run.cell(m, data, task)) is not None and c.result is not None]
-        for model, result in found:
-            main = result.main
-            mark = "better than every other" if run.best.get((data, task)) == model else ""
-            rows.append((data, task, model, _measure_name(result.primary), _interval(main.value), _number(main.value.chance), _number(main.majority),
-                         main.value.n, mark))  # fmt: skip
+    for data in dict.fromkeys(c.data for c in run.cells):
+        here = [c for c in run.cells if c.data == data]
+        if not any(c.result for c in here):
+            continue
+        models, tasks = (list(dict.fromkeys(names)) for names in zip(*((c.model, c.task) for c in here), strict=True))
+        cells = {}
+        for task in tasks:
+            for c in (c for c in here if c.task == task):
+                best = run.best.get((data, task)) == c.model
+                if c.result is None:
+                    cells[c.model, task] = HeatCell(math.nan, math.nan)
+                    continue
+                main = c.result.main
+                shade = shade_of(main.value.value, main.value.chance, lower=main.better == "lower")
+                cells[c.model, task] = HeatCell(main.value.value, shade, best)
+                rows.append((data, task, c.model, _measure_name(c.result.primary), _interval(main.value),
+                             _number(main.value.chance), _number(main.majority), main.value.n,
+                             "better than every other" if best else ""))  # fmt: skip
+        figures.append(Figure(heat_table(models, tasks, cells), f"{data}", wide=len(tasks) > WIDEST_HALF))
     return Section(
         "Models × tasks",
         f"The number by which models are compared. A frame marks a model that is better than every other one by paired "
         f"tests on the same rows (p < {run.suite.alpha:g} after Holm's correction over the pairs); where there is no "
         "frame, no model is proven best, whatever the digits say.",
         (
-            Figure(
-                heat_table(models, list(columns), cells),
-                "Shade: from what chance gives (light) to perfect (dark); of calibration errors, from 0.5 to 0. A dash: "
-                "no result. Columns have different test rows, so numbers compare downwards only.",
-                wide=True,
+            *figures,
+            Note(
+                "Shade: from what chance gives (light) to perfect (dark); of calibration errors, from 0.5 to 0. A dash: no "
+                "result. Columns have different test rows, so numbers compare downwards only."
             ),
             Table(
                 ("data", "task", "model", "measure", "value", "chance", "majority", "n", ""),
@@ -118,11 +117,27 @@ def _data_section(run: SuiteRun, data: str) -> Section:
     blocks.append(Figure(model_dots(panels, xlabels=labels, models=models),
                          "Dots: value; bars: 95 % interval; dashed: chance. The interval of a calibration error can lie above it: "
                          "resamples are noisier than the rows.", wide=True))  # fmt: skip
+    blocks += _few(run, data)
     blocks.append(_numbers(cells))
     blocks += _tests(run, data)
     blocks += _groups(run, data)
     what = f"labels: {', '.join(rows.labels)} ({rows.mode})" if rows.labels else "no labels"
     return Section(f"Data set: {data}", f"{len(rows):,} rows ({parts}); {what}.", tuple(blocks))
+
+
+def _few(run: SuiteRun, data: str) -> list[Block]:
+    """Name the findings whose test rows have few patients on a side."""
+    rows = run.rows[data]
+    tested = rows.rows_of("test")
+    few = []
+    for k, label in enumerate(rows.labels):
+        sides = [len({rows.groups[r] for r in tested[rows.truth[tested, k] == side].tolist()}) for side in (1, 0)]
+        if min(sides) < FEW_PATIENTS:
+            few.append(f"{label} ({sides[0]} with, {sides[1]} without)")
+    if not few:
+        return []
+    return [Note(f"Fewer than {FEW_PATIENTS} patients on a side among the test rows: {', '.join(few)}. Their numbers and "
+                 "intervals say little, and the mean over findings counts them.", "warning")]  # fmt: skip
 
 
 def _numbers(cells: Sequence[CellOutcome]) -> Table:
@@ -133,7 +148,7 @@ def _numbers(cells: Sequence[CellOutcome]) -> Table:
     for task, name in dict.fromkeys((task, name) for task, name, _ in found):
         given = {m: found[task, name, m] for m in models if (task, name, m) in found}
         one = next(iter(given.values()))
-        rows.append((task, _measure_name(name), *(_interval(given[m].value) if m in given else "–" for m in models),
+        rows.append((task, _measure_name(name), *(_interval(given[m].value, wrap=len(models) > 3) if m in given else "–" for m in models),
                      _number(one.value.chance), _number(one.majority), one.value.n))  # fmt: skip
     return Table(("task", "measure", *models, "chance", "majority", "n"), tuple(rows), "Every number.")
 
@@ -283,9 +298,10 @@ def _measure_name(name: str) -> str:
     return name
 
 
-def _interval(number: Interval) -> str:
-    """Return a number with its interval in one line that no column breaks."""
-    return str(number).replace(" ", "\u00a0")
+def _interval(number: Interval, *, wrap: bool = False) -> str:
+    """Return a number with its interval in one line; with ``wrap`` it may break before the bracket."""
+    text = str(number).replace(" ", "\u00a0")
+    return text.replace("\u00a0[", " [") if wrap else text
 
 
 def _p(p: float) -> str:
