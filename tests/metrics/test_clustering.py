@@ -106,6 +106,25 @@ def test_chance_keeps_the_shares_of_labels() -> None:
     assert one.scores["purity"].value == pytest.approx(label.mean())
 
 
+def test_copies_of_a_patient_are_no_agreement() -> None:
+    """Resamples of patients with several rows are centred on the value, not above it."""
+    from chiasm.metrics.bootstrap import Clusters
+    from chiasm.metrics.clustering import _Copies, _scores
+
+    random = np.random.default_rng(0)
+    group = np.repeat(np.arange(15), 4)
+    a = (random.integers(3, size=15)[group] + (random.random(60) < 0.2)) % 3
+    b = (random.integers(3, size=15)[group] + (random.random(60) < 0.2)) % 3
+    value = adjusted_rand(a, b)
+    weights = [w for block in Clusters(group.tolist()).weights(400, 0) for w in block]
+    order = Clusters(group.tolist()).of_row
+    mended = np.mean([_scores(a, b, w, _Copies(a, b, order).of(w))["ari"] for w in weights])
+    naive = np.mean([_scores(a, b, w)["ari"] for w in weights])
+    assert abs(mended - value) < 0.5 * (naive - value)
+    once = _Copies(a, b, order).of(np.ones(60))
+    np.testing.assert_allclose(once, 60)
+
+
 def test_rows_in_no_cluster_earn_nothing() -> None:
     label = np.arange(100) % 2
     half = np.where(np.arange(100) < 50, label, -1)
