@@ -27,7 +27,7 @@ from chiasm.types import Box, Sample
 Make = Callable[..., Any]
 
 
-def red_cases(n: int = 30, *, large: bool, seed: int = 0) -> list[Case]:
+def red_cases(n: int = 20, *, large: bool, seed: int = 0) -> list[Case]:
     """Images of noise in green and blue with one red rectangle; patients have two images each."""
     rng = np.random.default_rng(seed)
     cases = []
@@ -52,7 +52,7 @@ def red_seeker(seeing: Make, answer_with: Make, as_encoder: Make) -> Encoder:
 
 def test_large_findings_are_pointed_at(red_seeker: Encoder) -> None:
     scores = score_methods(red_seeker, red_cases(large=True), n_resamples=200)
-    assert scores.n == scores.n_large == 30
+    assert scores.n == scores.n_large == 20
     for method in ("attention", "similarity", "occlusion"):
         found = scores.of(method)
         assert found.large is not None
