@@ -257,3 +257,86 @@ def test_wrong_input_is_refused(grid: GridVectors) -> None:
         search_prompts(images, wide, truth, strategy="exhaustive", **good)
     with pytest.raises(InputError, match="one class alone"):
         make_problems(images, wide, mode="single")
+
+
+def test_the_order_of_rows_does_not_matter() -> None:
+    vectors = PromptGrid.from_templates(NAMES, ("{}", "b {}", "c {}")).embed(embed_text)
+    images = toy_images(60)
+    truth = {n: np.random.default_rng(k).integers(0, 2, 60) for k, n in enumerate(NAMES)}
+    choose, test = split_patients(images)
+    order = np.random.default_rng(5).permutation(60)
+    place = np.argsort(order)
+    options = {"redraws": 5, "n_resamples": 30}
+    first = search_prompts(
+        images, vectors, {n: t.tolist() for n, t in truth.items()}, choose=choose, test=test, **options
+    )
+    second = search_prompts(
+        images.select(order),
+        vectors,
+        {n: t[order].tolist() for n, t in truth.items()},
+        choose=place[choose],
+        test=place[test],
+        **options,
+    )
+    assert first.prompts == second.prompts
+    assert first.test.value == pytest.approx(second.test.value)
+    assert first.difference.low == pytest.approx(second.difference.low)
+    assert [p.winner_share for p in first.problems] == pytest.approx([p.winner_share for p in second.problems])
+
+
+def test_of_equal_choices_the_largest_ensemble_wins() -> None:
+    """Where every choice tells the patients apart, nothing speaks for leaving one out."""
+    vectors = PromptGrid.from_templates(["oedema"], ("{}", "film {}")).embed(embed_text)
+    towards = embed_text(["oedema", "film oedema"]).normalize().vectors.sum(0)
+    truth = np.arange(40) % 2
+    images = dataclasses.replace(
+        toy_images(40), vectors=0.01 * toy_images(40).vectors + (2 * truth[:, None] - 1) * towards
+    )
+    choose, test = split_patients(images)
+    for strategy in ("exhaustive", "greedy"):
+        found = search_prompts(
+            images, vectors, {"oedema": truth.tolist()}, choose=choose, test=test, strategy=strategy, redraws=4, n_resamples=20,
+        )  # fmt: skip
+        assert found.prompts == vectors.grid.prompts()
+        assert found.problems[0].winner_share == 1.0
+        assert found.difference.value == 0.0
+        assert found.problems[0].difference.p_raw == 1.0
+
+
+def test_shares_of_options_and_winners_agree() -> None:
+    vectors = PromptGrid.from_templates(["oedema"], ("{}", "b {}", "c {}", "d {}")).embed(embed_text)
+    images = toy_images(60)
+    truth = np.random.default_rng(2).integers(0, 2, 60).tolist()
+    choose, test = split_patients(images)
+    (found,) = search_prompts(
+        images, vectors, {"oedema": truth}, choose=choose, test=test, redraws=40, n_resamples=20
+    ).problems
+    assert set(found.option_share) == {"{}", "b {}", "c {}", "d {}"}
+    assert 1.0 <= sum(found.option_share.values()) <= 4.0
+    assert min(found.option_share[t] for t in found.templates) >= found.winner_share
+    assert 1 <= found.winners <= 15
+    low, middle, high = found.reselected
+    assert low <= middle <= high
+
+
+def test_a_gain_by_luck_is_seldom_called_significant() -> None:
+    """Twenty searches without any signal: the difference of winner and ensemble is tested on rows that chose nothing."""
+    vectors = PromptGrid.from_templates(["oedema"], tuple(f"w{k} {{}}" for k in range(4))).embed(embed_text)
+    called = 0
+    for seed in range(20):
+        images = toy_images(80, seed=seed)
+        truth = np.random.default_rng(seed + 99).integers(0, 2, 80).tolist()
+        choose, test = split_patients(images, seed=seed)
+        found = search_prompts(images, vectors, {"oedema": truth}, choose=choose, test=test, redraws=0, n_resamples=100)
+        called += found.difference.low > 0
+    assert called <= 3
+
+
+def test_a_class_name_for_each_row_also_tells_labels_apart() -> None:
+    vectors = PromptGrid.from_templates(NAMES, ("{}", "b {}")).embed(embed_text)
+    images = toy_images(40)
+    classes = ["effusion" if k % 3 else "oedema" for k in range(40)]
+    columns = {n: [int(c == n) for c in classes] for n in NAMES}
+    choose, test = split_patients(images)
+    options = {"choose": choose, "test": test, "redraws": 0, "n_resamples": 20}
+    assert search_prompts(images, vectors, classes, **options).prompts == search_prompts(images, vectors, columns, **options).prompts  # fmt: skip

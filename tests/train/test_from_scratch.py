@@ -13,6 +13,7 @@ from sklearn.base import clone
 from chiasm.data.phantoms import PhantomSet, make_chest_phantoms
 from chiasm.errors import ChiasmError, FileFormatError, InputError, UnknownName
 from chiasm.metrics.classification import auroc
+from chiasm.progress import SilentProgress
 from chiasm.train.from_scratch import FromScratch, decode_images, make_cnn
 from chiasm.types import Sample
 
@@ -190,3 +191,68 @@ def test_wrong_rows_are_refused_without_naming_one(tmp_path: Path) -> None:
     damaged.write_bytes(b"\x89PNG nothing")
     with pytest.raises(FileFormatError):
         decode_images([Sample(id="a", image=damaged)], 32)
+
+
+def test_each_image_is_scored_on_its_own() -> None:
+    pixels, classes, _ = squares(20)
+    found = FromScratch(**FAST, epochs=2).fit(pixels, classes)
+    together = found.predict_proba(pixels)
+    alone = np.concatenate([found.predict_proba(pixels[k : k + 1]) for k in range(20)])
+    np.testing.assert_allclose(together, alone, atol=1e-6)
+    assert (found.predict(pixels) == found.classes_[together.argmax(1)]).all()
+
+
+def test_brightness_and_contrast_of_all_images_do_not_matter() -> None:
+    """Pixels are standardised by the training images alone, so a scanner's offset changes nothing."""
+    pixels, classes, _ = squares(20)
+    halved = (pixels // 2 + 20).astype(np.uint8)
+    options = {**FAST, "epochs": 2, "augment": "none"}
+    first = FromScratch(**options).fit(pixels // 2 * 2, classes).predict_proba(pixels // 2 * 2)
+    second = FromScratch(**options).fit(halved, classes).predict_proba(halved)
+    np.testing.assert_allclose(first, second, atol=2e-3)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "I;16", "1"])
+def test_pictures_of_every_kind_are_decoded(mode: str, tmp_path: Path) -> None:
+    from PIL import Image
+
+    grey = (
+        Image.fromarray(np.arange(48 * 40, dtype=np.uint16).reshape(48, 40))
+        if mode == "I;16"
+        else Image.new(mode, (40, 48))
+    )
+    grey.save(tmp_path / "a.png")
+    decoded = decode_images([Sample(id="a", image=tmp_path / "a.png")], 16)
+    assert decoded.shape == (1, 16, 16, 3)
+    assert decoded.dtype == np.uint8
+
+
+def test_numbers_as_classes_and_as_groups_are_names() -> None:
+    pixels, classes, _ = squares(16)
+    numbers = [int(c == "left") for c in classes]
+    found = FromScratch(**FAST, epochs=1).fit(pixels, numbers, list(range(16)))  # type: ignore[arg-type]
+    assert list(found.classes_) == ["0", "1"]
+    assert len(found.validation_rows_) > 0
+
+
+def test_three_classes_are_told_apart() -> None:
+    rng = np.random.default_rng(0)
+    classes = [("dark", "grey", "light")[k % 3] for k in range(48)]
+    level = {"dark": 20, "grey": 110, "light": 200}
+    pixels = np.stack([rng.integers(level[c], level[c] + 40, (32, 32, 3), dtype=np.uint8) for c in classes])
+    found = FromScratch(**FAST, epochs=20, augment="none").fit(pixels, classes, [f"p{k}" for k in range(48)])
+    assert found.predict_proba(pixels).shape == (48, 3)
+    assert (found.predict(pixels) == np.asarray(classes)).mean() > 0.9
+
+
+def test_progress_is_told_about_every_epoch() -> None:
+    class Counter(SilentProgress):
+        steps = 0
+
+        def advance(self, n: int = 1, **fields: float | str) -> None:
+            self.steps += n
+
+    pixels, classes, _ = squares(8)
+    bar = Counter()
+    FromScratch(**FAST, epochs=3).fit(pixels, classes, progress=bar)
+    assert bar.steps == 3

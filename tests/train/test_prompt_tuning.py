@@ -22,7 +22,7 @@ from chiasm.tasks.prompts import LabelPrompts, PromptSet
 from chiasm.tasks.zero_shot import build_classifier, classifier_of_directions, classify
 from chiasm.testing import TinyEncoder
 from chiasm.train.prompt_tuning import load_prompts, nearest_words, save_prompts, tune_prompts
-from chiasm.train.prompt_writer import PromptWriter, TuningConfig, token_table
+from chiasm.train.prompt_writer import PromptWriter, TuningConfig, replaced_tokens, token_table
 from chiasm.types import Embeddings, Preprocess
 
 NAMES = ("pneumothorax", "effusion")
@@ -309,3 +309,108 @@ def test_directions_that_do_not_fit_make_no_classifier() -> None:
         classifier_of_directions(NAMES, np.zeros((2, 24), np.float32), space=space)
     made = classifier_of_directions(NAMES, 3 * np.eye(24, dtype=np.float32)[:2], space=space)
     np.testing.assert_allclose(np.linalg.norm(made.positive, axis=1), 1.0)
+
+
+def test_the_first_loss_is_the_weighted_cross_entropy_of_the_words() -> None:
+    encoder = TinyEncoder()
+    images, truth = pictures(encoder, 30)
+    truth = [*truth[:-6], *["effusion"] * 6]  # not balanced
+    found = tune_prompts(encoder, images, NAMES, truth, config=TuningConfig(epochs=1), groups=["a"] * 30)
+    words = PromptSet(tuple(LabelPrompts(n, (f"an image of {n}.",)) for n in NAMES))
+    plain = build_classifier(words, lambda texts: chiasm.embed_texts(encoder, texts))
+    probabilities = classify(images, plain).probabilities
+    column = [NAMES.index(c) for c in truth]
+    weight = np.array([1 / truth.count(c) for c in truth])
+    expected = -(weight * np.log(probabilities[np.arange(30), column])).sum() / weight.sum()
+    assert found.history[0]["train_loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_first_loss_of_labels_leaves_out_what_is_not_known() -> None:
+    encoder = TinyEncoder()
+    images, truth = pictures(encoder, 20)
+    columns: dict[str, list[Any]] = {n: [int(c == n) for c in truth] for n in NAMES}
+    for row in (0, 5, 7):
+        columns["effusion"][row] = None
+    columns["pneumothorax"][7] = None  # this row knows nothing
+    config = TuningConfig(mode="multi", epochs=1)
+    found = tune_prompts(encoder, images, NAMES, columns, config=config, groups=["a"] * 20)
+    assert found.rows == (19, 0)
+    pairs = tuple(LabelPrompts(n, (f"evidence of {n}.",), (f"no evidence of {n}.",)) for n in NAMES)
+    plain = build_classifier(PromptSet(pairs), lambda texts: chiasm.embed_texts(encoder, texts))
+    logits = classify(images, plain, mode="multi").logits
+    losses = []
+    for k, n in enumerate(NAMES):
+        known = [r for r in range(20) if columns[n][r] is not None]
+        ones = sum(columns[n][r] for r in known)
+        weight = (len(known) - ones) / ones
+        for r in known:
+            chance = 1 / (1 + np.exp(-logits[r, k]))
+            losses.append(-weight * np.log(chance) if columns[n][r] else -np.log(1 - chance))
+    assert found.history[0]["train_loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+
+
+def test_rows_without_a_class_teach_nothing() -> None:
+    encoder = TinyEncoder()
+    images, truth = pictures(encoder, 24)
+    holes: list[str | None] = [None if k % 6 == 0 else c for k, c in enumerate(truth)]
+    spoiled = images.vectors.copy()
+    spoiled[::6] = -spoiled[::6]
+    config = TuningConfig(epochs=2)
+    first = tune_prompts(encoder, images, NAMES, holes, config=config)
+    second = tune_prompts(encoder, dataclasses.replace(images, vectors=spoiled), NAMES, holes, config=config)
+    np.testing.assert_array_equal(first.positive, second.positive)
+
+
+@pytest.mark.parametrize("mode", ["single", "multi"])
+@pytest.mark.parametrize("class_specific", [False, True])
+@pytest.mark.parametrize("vectors", [0, 2])
+def test_shapes_of_what_is_learned(mode: str, class_specific: bool, vectors: int) -> None:
+    encoder = TinyEncoder()
+    images, truth = pictures(encoder, 12)
+    config = TuningConfig(mode=mode, class_specific=class_specific, vectors=vectors, epochs=1)  # type: ignore[arg-type]
+    columns = {n: [int(c == n) for c in truth] for n in NAMES}
+    found = tune_prompts(encoder, images, NAMES, truth if mode == "single" else columns, config=config)
+    assert set(found.contexts) == ({"positive"} if mode == "single" else {"positive", "negative"})
+    assert (found.negative is None) == (mode == "single")
+    for context in found.contexts.values():
+        assert context.shape[0] == (2 if class_specific else 1)
+        assert context.shape[2] == 32
+        assert vectors in (0, context.shape[1])
+    np.testing.assert_allclose(np.linalg.norm(found.positive, axis=1), 1.0, atol=1e-5)
+
+
+def test_only_the_replaced_places_of_a_text_change() -> None:
+    table = torch.nn.Embedding(10, 4)
+    ids = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
+    plain = table(ids)
+    context = torch.ones(1, 2, 4)
+    with replaced_tokens(table, context, 1):
+        changed = table(ids)
+    torch.testing.assert_close(changed[:, 1:3], context.expand(2, -1, -1))
+    torch.testing.assert_close(changed[:, [0, 3]], plain[:, [0, 3]])
+    torch.testing.assert_close(table(ids), plain)
+    with pytest.raises(ValueError, match="stop"), replaced_tokens(table, context, 1):
+        raise ValueError("stop")
+    torch.testing.assert_close(table(ids), plain)
+
+
+@pytest.mark.parametrize("damage", ["labels", "space", "positive", "foreign", "absent"])
+def test_damaged_folders_of_prompts_are_refused(damage: str, tmp_path: Path) -> None:
+    encoder = TinyEncoder()
+    images, truth = pictures(encoder, 8)
+    found = tune_prompts(encoder, images, NAMES, truth, config=TuningConfig(epochs=1))
+    folder = tmp_path / "learned"
+    if damage == "positive":
+        found = dataclasses.replace(found, positive=found.positive[:, :7])
+    save_prompts(folder, found)
+    description = folder / "prompts.json"
+    if damage == "labels":
+        description.write_text(description.read_text().replace('["pneumothorax", "effusion"]', "7", 1))
+    elif damage == "space":
+        description.write_text(description.read_text().replace('"encoder"', '"encodr"', 1))
+    elif damage == "foreign":
+        description.write_text('{"format": "something else"}')
+    elif damage == "absent":
+        description.unlink()
+    with pytest.raises(CheckpointError):
+        load_prompts(folder)

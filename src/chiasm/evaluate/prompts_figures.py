@@ -101,7 +101,8 @@ def validation_against_test(points: Mapping[str, Sequence[tuple[float, float]]],
                 )
         axes.set_xlabel(f"{metric} on the patients that choose")
         axes.set_ylabel(f"{metric} on other patients")
-        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
     return draw(6.2, 4.0, paint)
 
