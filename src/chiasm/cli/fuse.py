@@ -25,6 +25,7 @@ from chiasm.cli.vectors import LabelOption, PageOption, StoreOption
 from chiasm.errors import InputError
 
 if TYPE_CHECKING:
+    from chiasm.evaluate.fusion_scores import FusionScores
     from chiasm.types import Embeddings
 
 MODALITIES = ("image", "text", "clinical")
@@ -114,13 +115,19 @@ def run(
         save_page(fusion_page(scores, card, label=label), out)
     if as_json:
         print_json({**scores.to_dict(), "written": str(out) if out else None, "run_card": card.to_dict()})
-        return
+    else:
+        _tell(scores)
+        if out is not None:
+            print(f"page: {out}")
+
+
+def _tell(scores: FusionScores) -> None:
     table_rows = [(arm, str(s.auroc), str(s.balanced_accuracy), str(s.log_loss)) for arm, s in scores.arms.items()]
     print_table(("arm", "AUROC [95 %]", "balanced accuracy", "log loss"), table_rows)
     tests = [(n.replace("-", " − ", 1), str(d.difference), f"{d.p:.3f}") for n, d in scores.differences.items()]
     if tests:
         print_table(("difference of AUROC", "value [95 %]", "p (Holm)"), tests)
-    print(scores.verdict + (f" Wrote {out}." if out else ""))
+    print(scores.verdict)
 
 
 class _Rows:
