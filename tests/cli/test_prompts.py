@@ -7,11 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from chiasm.cli.prompts import make_grid, read_truth
 from chiasm.data.phantoms import make_chest_phantoms
+from chiasm.errors import UnknownName
 from chiasm.load import load
 from chiasm.train.prompt_tuning import load_prompts
+from chiasm.types import Embeddings, Space
 
 Run = Callable[..., Any]
 
@@ -125,3 +129,48 @@ def test_a_store_of_another_model_is_refused(
     found = chiasm("prompts", "explain", "--store", store, "--model", model_dir, *rest, "--json")
     assert found["rows"] > 30
     assert "two spaces" in chiasm("prompts", "explain", "--store", store, "--model", other, *rest, code=1)
+
+
+@pytest.mark.parametrize(
+    ("labels", "template", "synonyms", "multi", "expected"),
+    [
+        (
+            "a, b",
+            None,
+            None,
+            False,
+            ["{}", "{}.", "an image of {}", "a medical image showing {}", "this is {}", "findings: {}"],
+        ),
+        ("a, b", ["see {}"], None, True, ["see {}"]),
+        ("a, b", ["{}", "see {}", "{}"], None, False, ["{}", "see {}", "{}"]),
+        ("a, b", None, None, True, ["{}", "evidence of {}", "there is {}", "{} is present"]),
+    ],
+)
+def test_names_become_wordings(
+    labels: str, template: list[str] | None, synonyms: str | None, multi: bool, expected: list[str]
+) -> None:
+    grid = make_grid(labels, None, template, synonyms, multi=multi)
+    assert grid.names == ("a", "b")
+    assert list(grid.labels[0].templates) == list(dict.fromkeys(expected))
+    assert all((v.negative is not None) == multi for v in grid.labels[0].variants)
+
+
+def test_synonyms_of_files_and_shipped_ones_are_joined(tmp_path: Path) -> None:
+    file = tmp_path / "names.json"
+    file.write_text(json.dumps({"classnames": {"effusion": ["water", "effusion"]}}))
+    grid = make_grid(None, file, ["{}"], "chest", multi=False)
+    assert grid.labels[0].synonyms[:2] == ("water", "effusion")
+    assert "pleural fluid" in grid.labels[0].synonyms
+    with pytest.raises(UnknownName, match="kind of synonyms"):
+        make_grid(None, file, ["{}"], "toes", multi=False)
+
+
+def test_truth_of_a_column_of_names_or_of_several() -> None:
+    images = Embeddings(
+        np.eye(4, dtype=np.float32), ("1", "2", "3", "4"), Space("e", "w", "p", 4), "image",
+        labels={"finding": ("A|b", "b", "c", None), "a": (1, 0, None, 0), "b": (0, 1, 1, 0)},
+    )  # fmt: skip
+    assert read_truth(images, "finding", ("a", "b"), "multi") == {"a": (1, 0, 0, None), "b": (1, 1, 0, None)}
+    assert read_truth(images, "finding", ("a", "b"), "single") == [None, "b", None, None]
+    assert read_truth(images, "*", ("a", "b"), "multi") == {"a": (1, 0, None, 0), "b": (0, 1, 1, 0)}
+    assert read_truth(images, "*", ("a", "b"), "single") == ["a", "b", "b", None]
