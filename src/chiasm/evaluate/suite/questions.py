@@ -74,6 +74,11 @@ def _by_protocol(entry: DataEntry, path: str | None, mode: str) -> SuiteQuestion
         made = read_prompt_file(protocol, path, variant=entry.variant, templates=entry.template, seed=0)
     else:
         made = make_prompts(protocol, list(entry.labels), variant=entry.variant, templates=entry.template, seed=0)
+    if [n.casefold() for n in made.prompts.names] != [n.casefold() for n in entry.labels]:
+        raise ConfigError(
+            f"protocol `{protocol.name}` asks for other labels than the data set, or in another order",
+            hint=f"its labels: {', '.join(made.prompts.names)}",
+        )
     return SuiteQuestion(made.prompts, mode, protocol, entry.variant, made)
 
 
