@@ -30,24 +30,29 @@ if TYPE_CHECKING:
 
 MODALITIES = ("image", "text", "clinical")
 
+UseOption = Annotated[str, typer.Option("--use", help="Modalities, by comma: image, text, clinical.")]
+ClinicalOption = Annotated[
+    str, typer.Option("--clinical", help="Clinical columns, by comma: numbers, or words of few kinds.")
+]
+TextStoreOption = Annotated[
+    Path | None, typer.Option("--text-store", help="Store of the texts, where another model embedded them.")
+]
+FoldsOption = Annotated[int, typer.Option("--folds", min=2, help="Outer folds, by patient.")]
+RepeatsOption = Annotated[int, typer.Option("--repeats", min=1, help="Times that folds are drawn.")]
+ComponentsOption = Annotated[int, typer.Option("--components", min=1, help="Numbers kept of each modality.")]
+
 
 def run(
     label: LabelOption,
     table: TableOption = None,
     store: StoreOption = None,
     model: ModelOption = "",
-    use: Annotated[
-        str, typer.Option("--use", help="Modalities, by comma: image, text, clinical.")
-    ] = "image,text,clinical",
-    clinical: Annotated[
-        str, typer.Option("--clinical", help="Clinical columns, by comma: numbers, or words of few kinds.")
-    ] = "",
-    text_store: Annotated[
-        Path | None, typer.Option("--text-store", help="Store of the texts, where another model embedded them.")
-    ] = None,
-    folds: Annotated[int, typer.Option("--folds", min=2, help="Outer folds, by patient.")] = 5,
-    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Times that folds are drawn.")] = 5,
-    components: Annotated[int, typer.Option("--components", min=1, help="Numbers kept of each modality.")] = 32,
+    use: UseOption = "image,text,clinical",
+    clinical: ClinicalOption = "",
+    text_store: TextStoreOption = None,
+    folds: FoldsOption = 5,
+    repeats: RepeatsOption = 5,
+    components: ComponentsOption = 32,
     split: SplitOption = None,
     group: GroupOption = None,
     column: ColumnOption = None,
