@@ -78,9 +78,8 @@ def run(
     started = time.perf_counter()
     wanted = _wanted(use, clinical)
     columns = [c.strip() for c in clinical.split(",") if c.strip()]
-    encoder = None
-    if table is not None:
-        encoder = load_encoder(model, device=device, family=family, allow_code=allow_code)
+    load = table is not None
+    encoder = load_encoder(model, device=device, family=family, allow_code=allow_code) if load else None
 
     def side(name: Literal["image", "text"], from_store: Path | None) -> Embeddings:
         return open_vectors(
