@@ -372,6 +372,7 @@ def score_direction(
     expected = (sizes[:, 0] + 1) / (sizes[:, 1] + 1)  # mean of the least of r ranks drawn from 1..n
     reciprocal = mean_interval(1 / ranks, groups, chance=by_chance(chance_reciprocal_rank), **options)
     baselines = {name: float(np.nanmean(constant[name])) for name in _MEASURES}
+    precision, precision_at_r, gain = (mean(name) for name in _MEASURES)
     return DirectionScores(
         {
             k: recall_interval(
@@ -385,7 +386,9 @@ def score_direction(
         len(b),
         majority,
         reciprocal,
-        *(mean(name) for name in _MEASURES),
+        precision,
+        precision_at_r,
+        gain,
         {**baselines, "mean_reciprocal_rank": float(np.nanmean(1 / constant["ranks"]))},
         exclude,
         float(right[known].mean()),

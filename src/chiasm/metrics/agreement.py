@@ -85,7 +85,7 @@ def agreement(
     if not len(rows):
         raise InputError("no row has both labels, so there is nothing to compare")
     a, b = a[rows], b[rows]
-    kept = [groups[i] for i in rows]
+    kept = [groups[int(i)] for i in rows]
     share, called = float(a.mean()), float(b.mean())
 
     def interval(make: Callable[[Floats, Floats], WeightStatistic], chance: float) -> Interval:

@@ -163,7 +163,7 @@ def _limits(depth: Depth, counts: NDArray[Any], n: int) -> Floats:
     if depth is None:
         return np.full(len(counts), float(n))
     if depth == "R":
-        return np.maximum(counts, 1).astype(np.float64)
+        return np.asarray(np.maximum(counts, 1), dtype=np.float64)
     if depth < 1:
         raise InputError(f"the depth must be at least 1, got {depth}")
     return np.full(len(counts), float(depth))

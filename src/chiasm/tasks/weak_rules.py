@@ -166,8 +166,8 @@ def _finding(values: Mapping[str, Any]) -> FindingRules:
     if not values.get("name") or not values.get("phrases"):
         raise ConfigError(f"finding `{values.get('name', '')}` needs a name and phrases")
     terms = tuple(fold(t) for t in values.get("terms", ()))
-    patterns = (_any_of(values.get(key, ())) for key in ("phrases", "absent", "unless"))
-    return FindingRules(str(values["name"]), *patterns, terms, bool(values.get("hidden", False)))
+    phrases, absent, unless = (_any_of(values.get(key, ())) for key in ("phrases", "absent", "unless"))
+    return FindingRules(str(values["name"]), phrases, absent, unless, terms, bool(values.get("hidden", False)))
 
 
 def _cues(values: Mapping[str, Sequence[str]]) -> re.Pattern[str]:
