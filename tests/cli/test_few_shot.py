@@ -136,3 +136,14 @@ def test_refusals_come_before_the_work(chiasm: Run, store: Path, prompts: Path) 
     assert "did you mean `prototypes`" in chiasm(*base, "--methods", "prototype", code=1)
     assert "no label column `x`" in chiasm("few-shot", "--store", store, "--label", "x", code=1)
     assert "no column of labels was named" in chiasm("few-shot", "--store", store, code=1)
+
+
+def test_learned_prompts_run_where_they_are_named(
+    chiasm: Run, table: Path, model_dir: Path, prompts: Path, store: Path
+) -> None:
+    words = ("few-shot", "--store", store, "--label", "effusion", "--shots", "1", "--seeds", 1, "--resamples", 60)
+    texts = ("--model", model_dir, "--labels-file", prompts)
+    found = chiasm(*words, *texts, "--methods", "zero-shot,coop", "--json")
+    assert {p["method"] for p in found["curves"]} == {"zero-shot", "coop"}
+    said = chiasm(*words, "--methods", "coop", code=1)
+    assert "`coop` needs the texts of the classes" in said

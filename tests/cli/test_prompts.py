@@ -77,6 +77,17 @@ def test_tune_saves_prompts_that_know_their_space(
     assert list(found["arms"]) == ["learned", "all prompts", "starting words"]
     tuned = load_prompts(folder, space=load(model_dir).space)
     assert tuned.labels == ("effusion", "cardiomegaly")
+    table = words[words.index("--table") + 1]
+    zero_shot = ("zero-shot", "--table", table, "--model", model_dir, "--labels-file", folder)
+    asked = chiasm(*zero_shot, "--json")
+    assert asked["mode"] == "multi", "as they were learned"
+    assert asked["labels"] == ["effusion", "cardiomegaly"]
+    again = chiasm(*zero_shot, "--multi", "--json")["images"][0]["probabilities"]
+    assert again == asked["images"][0]["probabilities"]
+    plain = chiasm("zero-shot", "--table", table, "--model", model_dir, "--labels", "effusion, cardiomegaly", "--multi",
+                   "--json")  # fmt: skip
+    assert plain["images"][0]["probabilities"] != again
+    assert "learned prompts have no template" in chiasm(*zero_shot, "--template", "a {}", code=1)
     assert "What learning is worth" in page.read_text()
     said = chiasm("prompts", "tune", *words, "--epochs", 1, "--shots", 2, "--vectors", 3)
     assert "images taught" in said

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from chiasm.tasks.zero_shot import TextClassifier
     from chiasm.types import Embeddings
 
+#: Learned prompts, which run only where they are named: each fit is a small training.
+COOP = "coop"
+
 LabelsFileOption = Annotated[
     Path | None,
     typer.Option("--labels-file", help="Prompts of the classes (JSON, TXT, CSV): adds the methods that use texts."),
@@ -47,7 +50,7 @@ def run(
     shots: Annotated[str, typer.Option("--shots", help="Images a class, and `all`.")] = "1,2,4,8,16,all",
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Draws of the shots.")] = 10,
     methods: Annotated[
-        str | None, typer.Option("--methods", help="Names with commas; by default all that the input allows.")
+        str | None, typer.Option("--methods", help="Names with commas; by default all that the input allows but coop.")
     ] = None,
     reference: Annotated[
         str | None, typer.Option("--reference", help="Method that the others are compared with.")
@@ -105,7 +108,7 @@ def run(
     draws = draw_episodes(images.labels[label], images.groups, is_test, shots=ks, seeds=numbers)
     texts = None if encoder is None or labels_file is None else _texts(encoder, labels_file, label, draws, batch_size)
     scratch = {"image_size": scratch_size, "epochs": scratch_epochs} if from_scratch else None
-    chosen = _methods(images, draws, wanted, texts, scratch, floor)
+    chosen = _methods(images, draws, wanted, texts, scratch, floor, encoder)
     only = {"from-scratch": numbers[:scratch_seeds]}
     answers = run_episodes(draws, chosen, only=only, progress=make_progress(as_json, unit="fits"))
     scores = score_few_shot(draws, answers, reference=reference, n_resamples=resamples, seed=seed)
@@ -207,10 +210,10 @@ def _check_methods(
     for name in wanted or ():
         if name in IMAGE_FILE_METHODS:
             raise InputError(f"`{name}` has an option of its own", hint="--from-scratch, --floor")
-        if name not in (*IMAGE_METHODS, *TEXT_METHODS):
-            known = (*IMAGE_METHODS, *TEXT_METHODS)
+        known = (*IMAGE_METHODS, *TEXT_METHODS, COOP)
+        if name not in known:
             raise UnknownName("few-shot method", name, known, hint=f"methods: {', '.join(known)}")
-        if name in TEXT_METHODS and labels_file is None:
+        if name in (*TEXT_METHODS, COOP) and labels_file is None:
             raise InputError(f"`{name}` needs the texts of the classes", hint="--labels-file PROMPTS with --model")
 
 
@@ -243,6 +246,16 @@ def _texts(encoder: Encoder, file: Path, label: str, draws: Draws, batch_size: i
     return build_classifier(prompts, lambda texts: embed_texts(encoder, texts, batch_size=batch_size))
 
 
+def _learned(encoder: Encoder | None, images: Embeddings, draws: Draws, texts: TextClassifier | None) -> Method:
+    """Return learned prompts as a method; what stands in them for a class is the shortest of its prompts."""
+    from chiasm.evaluate.tuning_scores import coop_method
+
+    assert encoder is not None
+    assert texts is not None
+    spoken = [min(label.positive, key=len).strip().rstrip(".") for label in texts.prompts.labels]
+    return coop_method(encoder, images, draws, spoken=spoken)
+
+
 def _methods(
     images: Embeddings,
     draws: Draws,
@@ -250,13 +263,19 @@ def _methods(
     texts: TextClassifier | None,
     scratch: dict[str, Any] | None,
     floor: bool,
+    encoder: Encoder | None,
 ) -> dict[str, Method]:
     """Return name -> method, in the order of the page."""
     from chiasm.evaluate.few_shot_images import COLOUR, FROM_SCRATCH, colour_method, from_scratch_method, samples_of
     from chiasm.tasks.k_shot import IMAGE_METHODS, TEXT_METHODS, embedding_method
 
     names = wanted if wanted is not None else [*IMAGE_METHODS, *(TEXT_METHODS if texts is not None else ())]
-    found: dict[str, Method] = {name: embedding_method(name, images, draws, texts=texts) for name in names}
+    found: dict[str, Method] = {
+        name: _learned(encoder, images, draws, texts)
+        if name == COOP
+        else embedding_method(name, images, draws, texts=texts)
+        for name in names
+    }
     samples = samples_of(images) if scratch is not None or floor else ()
     if scratch is not None:
         found[FROM_SCRATCH] = from_scratch_method(samples, draws, **scratch)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from chiasm.tasks.prompts import PromptSet
     from chiasm.tasks.protocol import Protocol
     from chiasm.tasks.protocol_prompts import ProtocolPrompts
-    from chiasm.tasks.zero_shot import Mode, ZeroShotResult
+    from chiasm.tasks.zero_shot import Mode, TextClassifier, ZeroShotResult
     from chiasm.types import Embeddings
 
 #: Asks for the table of protocols instead of a run.
@@ -36,6 +36,7 @@ class Question:
         protocol: The published protocol that is followed, or None.
         variant: Of the protocol.
         made: The protocol's prompts with their notes.
+        learned: Directions of learned prompts in place of embedded ones, or None.
     """
 
     prompts: PromptSet
@@ -43,6 +44,7 @@ class Question:
     protocol: Protocol | None = None
     variant: str = "published"
     made: ProtocolPrompts | None = None
+    learned: TextClassifier | None = None
 
     @property
     def pools(self) -> bool:
@@ -88,8 +90,11 @@ def read_question(
     if name is None:
         if variant != "published":
             raise InputError("`--variant` belongs to `--protocol`", hint="`--protocol list` lists them")
-        prompts = read_prompts(labels, labels_file, pairs=multi, template=template)
-        question = Question(prompts, "multi" if multi else "single")
+        if labels is None and labels_file is not None and labels_file.is_dir():
+            question = _learned_question(labels_file, multi=multi, template=template)
+        else:
+            prompts = read_prompts(labels, labels_file, pairs=multi, template=template)
+            question = Question(prompts, "multi" if multi else "single")
     else:
         question = _protocol_question(name, variant, labels, labels_file, multi=multi, template=template, seed=seed)
     if len(question.prompts.labels) < 2 and question.mode == "single":
@@ -98,6 +103,23 @@ def read_question(
             hint="name two labels or more, or ask for yes and no with `--multi`",
         )
     return question
+
+
+def _learned_question(folder: Path, *, multi: bool, template: str | None) -> Question:
+    """Return the question of a folder that ``chiasm prompts tune`` wrote; its mode is that of the learning."""
+    from chiasm.evaluate.tuning_scores import tuned_classifier
+    from chiasm.train.prompt_tuning import load_prompts
+
+    if template is not None:
+        raise InputError("learned prompts have no template", hint="leave --template out")
+    tuned = load_prompts(folder)
+    if multi and tuned.config.mode != "multi":
+        raise InputError(
+            "these prompts were learned for labels that exclude each other",
+            hint="leave --multi out, or learn them with it",
+        )
+    classifier = tuned_classifier(tuned)
+    return Question(classifier.prompts, tuned.config.mode, learned=classifier)
 
 
 def _protocol_question(
@@ -150,7 +172,7 @@ def answer(
 
     protocol = question.protocol
     if protocol is None:
-        classifier = build_classifier(question.prompts, partial(embed_texts, encoder))
+        classifier = question.learned or build_classifier(question.prompts, partial(embed_texts, encoder))
         return {0: classify(images, classifier, mode=question.mode)}
     fitting = protocol.warn_unless_fits(encoder.name, *names)
     raw = protocol.needs_raw_texts(question.variant)

@@ -33,7 +33,11 @@ if TYPE_CHECKING:
 
 LabelsOption = Annotated[str | None, typer.Option("--labels", help='Class names: "pneumonia, normal".')]
 LabelsFileOption = Annotated[
-    Path | None, typer.Option("--labels-file", help="JSON, TXT or CSV with names, synonyms, templates or pairs.")
+    Path | None,
+    typer.Option(
+        "--labels-file",
+        help="JSON, TXT or CSV with names, synonyms, templates or pairs; or the folder of `chiasm prompts tune --save`.",
+    ),
 ]
 TemplateOption = Annotated[
     str | None, typer.Option("--template", help='"a chest film showing {}", or a set of `chiasm prompts list`.')

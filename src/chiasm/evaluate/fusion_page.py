@@ -54,7 +54,13 @@ def _arms(scores: FusionScores) -> Section:
 
 def _differences(scores: FusionScores) -> Section:
     def row(name: str, test: PairedTest) -> tuple[object, ...]:
-        return (name.replace("-", " − ", 1), test.difference, f"{test.p:.3f}", f"{test.p_raw:.3f}", test.test.replace("delong", "DeLong").replace("_", ", "))
+        return (
+            name.replace("-", " − ", 1),
+            test.difference,
+            f"{test.p:.3f}",
+            f"{test.p_raw:.3f}",
+            test.test.replace("delong", "DeLong").replace("_", ", "),
+        )
 
     rows = tuple(row(n, t) for n, t in scores.differences.items())
     return Section(
