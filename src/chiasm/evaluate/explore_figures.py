@@ -116,7 +116,6 @@ def labels_in_clusters(clusters: NDArray[np.int64], column: MapColumn, *, names:
 
 
 def _short(text: str, letters: int = 30) -> str:
-    """Return a legend entry; matplotlib would leave out a name that begins with an underscore and read $ as formula."""
-    plain = text.replace("$", r"\$")
-    plain = plain if len(plain) <= letters else plain[: letters - 1] + "…"
+    """Return a legend entry; matplotlib would leave out a name that begins with an underscore."""
+    plain = text if len(text) <= letters else text[: letters - 1] + "…"
     return "\u200b" + plain if plain.startswith("_") else plain

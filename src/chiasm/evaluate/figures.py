@@ -38,6 +38,7 @@ _STYLE: dict[str, Any] = {
     "xtick.color": SOFT,
     "ytick.color": SOFT,
     "text.color": INK,
+    "text.parse_math": False,  # a $ in a label is a dollar
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
