@@ -109,3 +109,14 @@ def test_damaged_files(tmp_path):
     frame().to_csv(tmp_path / "t.csv")
     with pytest.raises(UnknownName):
         read_score_table(tmp_path / "t.csv", truth="trut")
+
+
+@pytest.mark.parametrize("labels", [None, ["m"], ["n", "M"]])
+def test_a_label_with_two_columns_of_scores_is_refused(tmp_path, labels):
+    path = tmp_path / "t.csv"
+    path.write_text("id,truth,logit m,probability m,score n\nx,m,3,0.9,1\ny,n,-1,0.2,2\n")
+    with pytest.raises(InputError, match="two columns of scores") as raised:
+        read_score_table(path, labels=labels)
+    assert raised.value.hint
+    named = read_score_table(path, labels=["logit m", "n"], truth=None)  # by its whole name it is clear
+    assert named.rows.scores.tolist() == [[3, 1], [-1, 2]]

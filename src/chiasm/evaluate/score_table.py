@@ -140,12 +140,17 @@ def _score_columns(
     header: Sequence[str], labels: Sequence[str] | None, joined: Sequence[str | None] | None
 ) -> dict[str, str]:
     """Return label -> column of its score."""
-    prefixed = {}
+    prefixed: dict[str, str] = {}
+    twice: set[str] = set()
     for column in header:
         for prefix in SCORE_PREFIXES:
             rest = column[len(prefix) + 1 :]
             if column.casefold().startswith((f"{prefix} ", f"{prefix}_")) and rest.strip():
+                twice |= {plain_name(rest)} if rest.strip() in prefixed else set()
                 prefixed[rest.strip()] = column
+    ambiguous = [name for name in (labels or prefixed) if plain_name(name) in twice]
+    if ambiguous:
+        raise InputError(f"label `{ambiguous[0]}` has two columns of scores", hint="keep one of them in the table")
     if labels:
         found = {}
         for label in labels:

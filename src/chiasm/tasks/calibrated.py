@@ -223,7 +223,7 @@ class Calibration:
         if values.get("chiasm_calibration") != FORM:
             raise InputError(f"this is no calibration of form {FORM}", hint="`chiasm calibrate --save FILE` writes one")
         try:
-            return cls(
+            made = cls(
                 Origin.from_dict(values["origin"]),
                 CalibrationPlan(**values["plan"]),
                 {k: Calibrator.from_dict(c) for k, c in values["calibrators"].items()},
@@ -233,10 +233,45 @@ class Calibration:
                 dict(values["refused"]),
                 dict(values["patients"]),
             )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            made._try()
+        except (KeyError, TypeError, AttributeError, ValueError, IndexError, OverflowError) as error:
             if isinstance(error, InputError):
                 raise
-            raise InputError(f"the calibration is damaged: {type(error).__name__}") from error
+            raise InputError(f"the calibration is damaged: {type(error).__name__}", hint="save it anew") from error
+        return made
+
+    def _try(self) -> None:
+        """Answer made-up rows, so that a damaged file is missed before images are embedded.
+
+        Raises:
+            InputError: When an answer is no probability.
+        """
+        labels = self.origin.labels
+        if (
+            not labels
+            or not all(isinstance(label, str) for label in labels)
+            or self.origin.mode not in ("single", "multi")
+        ):
+            raise InputError("the calibration is damaged: its labels are no names", hint="save it anew")
+        if set(self.calibrators) != set(self.sets) or not self.calibrators:
+            raise InputError(
+                "the calibration is damaged: probabilities and sets are of other labels", hint="save it anew"
+            )
+        steps = np.array([-1e3, -1.0, 0.0, 1.0, 1e3])
+        scores = steps[:, None] * np.linspace(1, 2, len(labels))
+        names = tuple(f"row {i}" for i in range(len(steps)))
+        with np.errstate(all="ignore"):
+            answers = self.apply(ScoredRows(scores, np.full(scores.shape, np.nan), names, names, self.origin))
+        given = [answers.probabilities[:, k] for k, label in enumerate(labels) if label in self.labels]
+        bounds = [
+            *(p.threshold for p in self.points.values()),
+            *(b for x in self.bands.values() for b in (x.low, x.high)),
+        ]
+        if (
+            not all(((p >= 0) & (p <= 1)).all() for p in given)
+            or not np.isfinite(np.asarray(bounds, dtype=float)).all()
+        ):
+            raise InputError("the calibration is damaged: it gives no probabilities", hint="save it anew")
 
 
 def fit_calibration(rows: ScoredRows, plan: CalibrationPlan | None = None) -> Calibration:

@@ -24,6 +24,8 @@ from chiasm.types import Space, digest_of
 #: Names of parts that are taken for validation and test when nothing else is said.
 FIT_PARTS = ("val", "valid", "validation", "calibration")
 TEST_PARTS = ("test",)
+#: Names of parts that a model may have learned from: they are not dealt out where other rows are there.
+TRAIN_PARTS = ("train", "training")
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,8 @@ def choose_parts(
         groups: Patient of each row.
         fit: Name of the part to fit on; None: ``val`` or the like, where there is such a part.
         test: Name of the part to judge on; None: ``test``.
-        share: Of the patients, to fit on, where the rows have no such parts.
+        share: Of the patients, to fit on, where the rows have no such parts. Rows of ``train`` are left out of that draw
+            where other patients remain: the classifier may have learned from them.
         seed: Of that draw.
 
     Raises:
@@ -219,12 +222,7 @@ def choose_parts(
     fit = fit or next((p for p in FIT_PARTS if p in known), None)
     test = test or next((p for p in TEST_PARTS if p in known), None)
     if fit is None or test is None:
-        chosen = deal_patients(groups, share, seed=seed)
-        return (
-            np.flatnonzero(chosen),
-            np.flatnonzero(~chosen),
-            f"{share:.0%} of the patients drawn at random, seed {seed}",
-        )
+        return _deal(parts, groups, share, seed)
     for name in (fit, test):
         if name not in known:
             raise InputError(f"no row has split `{name}`", hint=f"splits: {', '.join(sorted(known)) or 'none'}")
@@ -232,6 +230,22 @@ def choose_parts(
     fitting, judging = np.flatnonzero(place == fit), np.flatnonzero(place == test)
     check_disjoint([groups[int(i)] for i in fitting], [groups[int(i)] for i in judging])
     return fitting, judging, f"fitted on `{fit}`, judged on `{test}`"
+
+
+def _deal(
+    parts: Sequence[str | None], groups: Sequence[str], share: float, seed: int
+) -> tuple[NDArray[np.intp], NDArray[np.intp], str]:
+    """Return the parts of a random draw of patients, those that a model may have learned from left out."""
+    learned = {group for part, group in zip(parts, groups, strict=True) if part in TRAIN_PARTS}
+    kept = np.array([group not in learned for group in groups], dtype=bool)
+    said = f"{share:.0%} of the patients drawn at random, seed {seed}"
+    if learned and len(set(groups) - learned) >= 2:
+        said += f"; {len(learned)} patients of the training split left out"
+    else:
+        kept[:] = True
+    rows = np.flatnonzero(kept)
+    chosen = deal_patients([groups[int(i)] for i in rows], share, seed=seed)
+    return rows[chosen], rows[~chosen], said
 
 
 def check_disjoint(fitted: Sequence[str], tested: Sequence[str]) -> None:
