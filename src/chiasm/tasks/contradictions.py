@@ -83,15 +83,18 @@ class ContradictionRules:
             FileFormatError: The file is no TOML.
             ConfigError: A field is missing or a pattern is none.
         """
-        text = (
-            resources.files("chiasm.tasks").joinpath("rules/contradictions.toml").read_text("utf-8")
-            if path is None
-            else Path(path).read_text("utf-8")
-        )
+        hint = "begin with the shipped file `rules/contradictions.toml`"
         try:
+            text = (
+                resources.files("chiasm.tasks").joinpath("rules/contradictions.toml").read_text("utf-8")
+                if path is None
+                else Path(path).read_text("utf-8")
+            )
             return cls.from_dict(tomllib.loads(text))
         except tomllib.TOMLDecodeError as error:
-            raise FileFormatError(f"the rules are no TOML: {error}") from error
+            raise FileFormatError(f"the rules are no TOML: {error}", hint=hint) from error
+        except UnicodeDecodeError:
+            raise FileFormatError("the rules are no UTF-8 text", hint=hint) from None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ContradictionRules:
@@ -103,11 +106,25 @@ class ContradictionRules:
             }
             sides = {str(s["left"]).lower(): str(s["right"]).lower() for s in values["side"]}
             words = (values["negations"], values["skip"], values["sides"]["skip"])
+            if any(isinstance(w, str) for w in words):
+                raise TypeError  # one word alone would be read letter by letter
+            for pattern, replacement in (*lists["claim"], *lists["deny"]):  # a group that is not there
+                re.compile(f"{pattern.pattern}|", pattern.flags).sub(replacement, "")
             return cls(lists["claim"], lists["deny"], sides, *(_any_word(w) for w in words))
         except KeyError as error:
-            raise ConfigError(f"the rules of contradictions lack `{error.args[0]}`") from error
-        except re.error as error:
-            raise ConfigError(f"a pattern of the rules is no regular expression: {error}") from error
+            raise ConfigError(
+                f"the rules of contradictions lack `{error.args[0]}`", hint="see the shipped file `contradictions.toml`"
+            ) from error
+        except (re.error, IndexError) as error:
+            raise ConfigError(
+                f"a pattern of the rules is no regular expression: {error}",
+                hint="look at `find` and `put` of that rule",
+            ) from error
+        except (TypeError, AttributeError) as error:
+            raise ConfigError(
+                "the rules of contradictions hold a word where a list or a table is expected",
+                hint='[[claim]] and [[deny]] with find and put, [[side]], and negations = ["no", "..."]',
+            ) from error
 
 
 def make_probes(
@@ -151,7 +168,7 @@ def contradictions(sentence: str, rules: ContradictionRules) -> list[tuple[str, 
     elif count == 0 and (turned := _turn(sentence, rules.deny)) is not None:
         found.append((denied, turned))
     other = {**rules.sides, **{right: left for left, right in rules.sides.items()}}
-    side = re.compile(rf"\b(?:{'|'.join(sorted(map(re.escape, other), key=len, reverse=True))})\b", re.IGNORECASE)
+    side = _any_word(tuple(other))
     named = {m.group().lower() in rules.sides for m in side.finditer(sentence)}
     if len(named) == 1 and not rules.skip_sides.search(sentence):
         swapped = side.sub(lambda m: _like(m.group(), other[m.group().lower()]), sentence)

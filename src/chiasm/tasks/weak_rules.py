@@ -91,7 +91,12 @@ class LabelRules:
         if str(source) in SHIPPED:
             text, suffix = rules_text(str(source)), ".toml"
         elif path.is_file():
-            text, suffix = path.read_text(encoding="utf-8"), path.suffix.lower()
+            try:
+                text, suffix = path.read_text(encoding="utf-8"), path.suffix.lower()
+            except UnicodeDecodeError:
+                raise FileFormatError(
+                    f"the rules in `{path.name}` are no UTF-8 text", hint="save the file as UTF-8"
+                ) from None
         else:
             raise UnknownName("set of rules", path.name, SHIPPED, hint="name a shipped set or a .toml or .json file")
         try:
@@ -103,17 +108,24 @@ class LabelRules:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LabelRules:
         """Build from the fields of the file; see ``rules/chest_findings.toml``."""
-        cues = values.get("cues", {})
+        cues, listed = (
+            (values.get("cues", {}), values.get("finding", ())) if isinstance(values, Mapping) else (None, ())
+        )
+        if not isinstance(cues, Mapping) or not all(isinstance(v, Mapping) for v in listed):
+            raise ConfigError(
+                "rules are a table with [[finding]] tables and one table [cues], got something else",
+                hint="begin with the shipped rules: `chiasm weak-labels --write-rules rules.toml`",
+            )
         if unknown := [name for name in cues if name not in CUES]:
             raise UnknownName("kind of cue", unknown[0], CUES, hint=f"one of: {', '.join(CUES)}")
-        findings = tuple(_finding(v) for v in values.get("finding", ()))
-        names = [f.name for f in findings]
+        findings = tuple(_finding(v) for v in listed)
+        names = [f.name for f in findings] + ([str(values["no_finding"])] if values.get("no_finding") else [])
         if not findings or len(set(names)) < len(names):
             raise ConfigError(
                 f"rules need findings with names of their own, got {len(names)} with {len(set(names))} names",
                 hint='[[finding]] with name = "..." and phrases = [...]',
             )
-        exempt = tuple(values.get("exempt", ()))
+        exempt = _words(values, "exempt")
         if strange := [name for name in exempt if name not in names]:
             raise UnknownName("finding", strange[0], names)
         return cls(str(values.get("name", "")), findings, _cues(cues), values.get("no_finding"), exempt)
@@ -149,6 +161,16 @@ def phrase_pattern(phrase: str) -> str:
     return found
 
 
+def _words(values: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    """Return a list of phrases; one phrase alone would be read letter by letter."""
+    found = values.get(key, ())
+    if isinstance(found, str) or not isinstance(found, Sequence) or not all(isinstance(w, str) for w in found):
+        raise ConfigError(
+            f"`{key}` must be a list of phrases, got {type(found).__name__}", hint=f'{key} = ["...", "..."]'
+        )
+    return tuple(found)
+
+
 def _any_of(phrases: Sequence[str]) -> re.Pattern[str]:
     if not phrases:
         return re.compile(r"(?!)")
@@ -165,13 +187,13 @@ def _finding(values: Mapping[str, Any]) -> FindingRules:
         raise UnknownName("field of a finding", unknown[0], known)
     if not values.get("name") or not values.get("phrases"):
         raise ConfigError(f"finding `{values.get('name', '')}` needs a name and phrases")
-    terms = tuple(fold(t) for t in values.get("terms", ()))
-    phrases, absent, unless = (_any_of(values.get(key, ())) for key in ("phrases", "absent", "unless"))
+    terms = tuple(fold(t) for t in _words(values, "terms"))
+    phrases, absent, unless = (_any_of(_words(values, key)) for key in ("phrases", "absent", "unless"))
     return FindingRules(str(values["name"]), phrases, absent, unless, terms, bool(values.get("hidden", False)))
 
 
-def _cues(values: Mapping[str, Sequence[str]]) -> re.Pattern[str]:
-    listed = [(phrase, kind) for kind in CUES for phrase in values.get(kind, ())]
+def _cues(values: Mapping[str, Any]) -> re.Pattern[str]:
+    listed = [(phrase, kind) for kind in CUES for phrase in _words(values, kind)]
     # Of two cues at one place the one with more words is meant: "cannot be excluded", not "excluded".
     listed.sort(key=lambda pair: (-len(pair[0].split()), -len(pair[0])))
     if not listed:
