@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,6 +70,29 @@ def test_environment_variables_and_named_data_sets_are_left_as_written(tmp_path:
             r"exclude each other",
         ),
         ('truth = "label"', 'truth = "label"\nbands = { age = [60, 40] }', r"rising"),
+        ('truth = "label"', 'truth = "label"\nbands = { age = [40, 40] }', r"rising"),
+        ('truth = "label"', 'truth = "label"\nbands = { age = [] }', r"rising"),
+        (
+            'truth = "label"',
+            'truth = "label"\nbands = { age = [nan] }',
+            r"`data.films.bands.age\[0\]` must be a finite",
+        ),
+        ('truth = "label"', 'truth = "label"\nsplit = { train = "x", test = "x" }', r"gives two parts the same name"),
+        ("[models.demo]", "seed = -1\n[models.demo]", r"`seed` must be at least 0, got -1"),
+        ("[models.demo]", 'name = "../up"\n[models.demo]', r"`name` must be a plain name"),
+        ("[models.demo]", 'name = " "\n[models.demo]', r"`name` must be a plain name"),
+        ("[models.demo]", "n_permutations = 0\n[models.demo]", r"`n_permutations` must be at least 1"),
+        ("[models.demo]", "batch_size = 0\n[models.demo]", r"`batch_size` must be at least 1"),
+        ("[models.demo]", "near_cosine = 0.0\n[models.demo]", r"`near_cosine` must lie in"),
+        ("[models.demo]", "alpha = 0.0\n[models.demo]", r"`alpha` must lie between"),
+        ("[tasks.zero_shot]", "[tasks.survival]", r"missing field `tasks.survival.time`"),
+        (
+            "[tasks.zero_shot]",
+            '[tasks.zero_shot]\nmodels = ["dmeo"]',
+            r"`tasks.zero_shot.models` .* did you mean `demo`",
+        ),
+        ("[tasks.zero_shot]", "[tasks.zero_shot]\nkind = 3", r"`tasks.zero_shot.kind`"),
+        ("[tasks.zero_shot]", "tasks = 3", r"tasks"),
         ('truth = "label"', 'truth = "label"\ncolumns = { pateint = "p" }', r"did you mean `patient`"),
         ('truth = "label"', 'truth = "label"\nmode = "mutli"', r"did you mean `multi`"),
         (
@@ -100,6 +125,85 @@ def test_what_is_wrong_is_named(tmp_path: Path, old: str, new: str, message: str
     assert old in GOOD
     with pytest.raises(ConfigError, match=message):
         read(tmp_path, GOOD.replace(old, new))
+
+
+#: Every field of a suite, each with a value of a wrong type.
+WRONG = {
+    "": {
+        "name": "3", "seed": '"a"', "n_resamples": "1.5", "n_permutations": '"many"', "alpha": '"x"', "smallest_group": "[1]",
+        "near_duplicates": "3", "near_cosine": '"near"', "device": "0", "batch_size": '"big"',
+    },
+    "models.demo": {"source": "3", "floor": "1", "family": "2", "catalog": "[1]", "trained_on": '"films"', "data": "true"},
+    "data.films": {
+        "source": "1", "root": "2", "columns": '"id"', "labels": "[1, 2]", "truth": "7", "mode": "0", "prompts": "1",
+        "template": "[1]", "protocol": "3", "variant": "4", "split": '"test"', "fractions": "[0.5]", "subgroups": '"sex"',
+        "bands": "[40]", "drop_texts": '"x"', "known_as": '"nih"',
+    },
+    "tasks.zero_shot": {"kind": '"none"', "data": "3", "models": '"demo"'},
+    "tasks.few": {"shots": '"a"', "draws": "1.5", "method": '"svm"', "c": '"strong"'},
+    "tasks.near": {"ks": '"5"'},
+    "tasks.probe": {"cs": "0.5"},
+    "tasks.search": {"ks": "[1.5]"},
+    "tasks.cox": {"time": "1", "event": "2", "event_is": "[1]"},
+}  # fmt: skip
+KINDS = {"few": "few_shot", "near": "knn", "probe": "linear_probe", "search": "retrieval", "cox": "survival"}
+TABLES = """
+[tasks.few]
+[tasks.near]
+[tasks.probe]
+[tasks.search]
+[tasks.cox]
+time = "days"
+event = "died"
+"""
+
+
+@pytest.mark.parametrize(("table", "field"), [(table, field) for table, fields in WRONG.items() for field in fields])
+def test_every_field_of_a_wrong_type_is_named(tmp_path: Path, table: str, field: str) -> None:
+    import tomllib
+
+    values = tomllib.loads(GOOD + TABLES)
+    for name, kind in KINDS.items():
+        values["tasks"][name]["kind"] = kind
+    place = values
+    for part in table.split(".") if table else []:
+        place = place[part]
+    place[field] = tomllib.loads(f"x = {WRONG[table][field]}")["x"]
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, toml_of(values))
+    assert field in caught.value.message
+    assert not table or table in caught.value.message
+    place.pop(field)
+    if (table, field) not in (("models.demo", "source"), ("data.films", "source")) and field not in (
+        "labels",
+        "truth",
+        "time",
+        "event",
+    ):
+        read(tmp_path, toml_of(values))  # without the wrong field all is well
+
+
+def toml_of(values: dict[str, Any]) -> str:
+    def text(value: Any) -> str:
+        if isinstance(value, dict):
+            return "{" + ", ".join(f"{k} = {text(v)}" for k, v in value.items()) + "}"
+        return json.dumps(value)
+
+    return "\n".join(f"{key} = {text(value)}" for key, value in values.items())
+
+
+def test_the_table_of_wrong_fields_is_complete() -> None:
+    import dataclasses
+
+    from chiasm.evaluate.suite.settings import DataEntry, ModelEntry
+    from chiasm.evaluate.suite.tasks import SUITE_TASKS
+
+    named = {f.name for f in dataclasses.fields(Suite)} - {"models", "data", "tasks"}
+    assert named == set(WRONG[""])
+    assert {f.name for f in dataclasses.fields(ModelEntry)} == set(WRONG["models.demo"])
+    assert {f.name for f in dataclasses.fields(DataEntry)} == set(WRONG["data.films"])
+    for name, kind in KINDS.items():
+        assert {f.name for f in dataclasses.fields(SUITE_TASKS.get(kind).settings)} == set(WRONG[f"tasks.{name}"])
 
 
 def test_a_file_that_is_absent_or_no_text(tmp_path: Path) -> None:

@@ -124,9 +124,12 @@ def read_rows(name: str, entry: DataEntry, *, seed: int) -> DataRows:
             )
         truth[np.nansum(truth, axis=1) != 1] = np.nan  # of none of the classes: not labelled
     parts = _parts(entry, samples, truth, seed, name)
+    subgroups = _subgroups(entry, samples, name)
+    alone = [column for column in (*(entry.subgroups or ()), *entry.bands) if column not in subgroups]
+    cautions = (*cautions_of(source), *(f"Column `{c}` has one group only: nothing is compared by it." for c in alone))
     return DataRows(
-        name, entry, samples, data.rejected, parts, truth, mode, _subgroups(entry, samples, name),
-        _digests(samples, truth, parts, mode, entry.labels), tuple(cautions_of(source)),
+        name, entry, samples, data.rejected, parts, truth, mode, subgroups,
+        _digests(samples, truth, parts, mode, entry.labels), cautions,
     )  # fmt: skip
 
 
@@ -175,6 +178,10 @@ def _subgroups(entry: DataEntry, samples: Sequence[Sample], name: str) -> dict[s
             )
         values = [s.labels.get(column) for s in samples]
         cuts = entry.bands.get(column) or (AGE_BANDS if kinds.get(column) == "age" else ())
+        if cuts and not any(_band(v, cuts) for v in values):
+            if column in entry.bands:
+                raise InputError(f"column `{column}` of data set `{name}` holds no numbers to cut into bands")
+            cuts = ()  # ages that are bands already
         groups = tuple(_band(v, cuts) if cuts else _plain(v) for v in values)
         if len({g for g in groups if g is not None}) > 1:
             found[column] = groups

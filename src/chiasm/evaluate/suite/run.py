@@ -357,7 +357,7 @@ class _Work:
 
     def leakage(self, rows: DataRows) -> DataLeakage:
         """Return what crosses the parts of a data set, from disk where it was looked for before."""
-        key = digest_of([dict(rows.digests), self.suite.near_duplicates, 1], 24)
+        key = digest_of([rows.name, dict(rows.digests), self.suite.near_duplicates, 1], 24)
         path = self.folder / "leakage" / f"{key}.json"
         try:
             return DataLeakage.from_dict(json.loads(path.read_text(encoding="utf-8")))

@@ -105,6 +105,8 @@ class DataEntry:
         for parts in (self.split, self.fractions):
             if parts and "test" not in parts:
                 raise ConfigError("`split` and `fractions` need the part `test`")
+        if len(set(self.split.values())) < len(self.split):
+            raise ConfigError("`split` gives two parts the same name", hint="each part needs rows of its own")
         if bool(self.labels) != (self.truth is not None):
             raise ConfigError(
                 "`labels` and `truth` belong together", hint='labels = ["normal", "tumor"], truth = "label"'
@@ -181,7 +183,15 @@ class Suite:
         for name in ("models", "data", "tasks"):
             if not getattr(self, name):
                 raise ConfigError(f"`{name}` is empty", hint=f"a suite needs a table [{name}.NAME]")
-        for name, least in (("n_resamples", 1), ("n_permutations", 1), ("smallest_group", 2), ("batch_size", 1)):
+        if not self.name.strip() or {"/", "\\"} & {*self.name}:
+            raise ConfigError(f"`name` must be a plain name, got `{self.name}`", hint="it names the folder in runs/")
+        for name, least in (
+            ("seed", 0),
+            ("n_resamples", 1),
+            ("n_permutations", 1),
+            ("smallest_group", 2),
+            ("batch_size", 1),
+        ):
             if getattr(self, name) < least:
                 raise ConfigError(f"`{name}` must be at least {least}, got {getattr(self, name)}")
         if not 0 < self.alpha < 1:

@@ -310,6 +310,8 @@ def survival(cell: Cell, settings: SurvivalSettings) -> TaskResult:
     fitted = [parts[name] for name in ("train", "val") if name in parts]
     features, time, event = (np.concatenate([getattr(d, k) for d in fitted]) for k in ("features", "time", "event"))
     model = CoxNet(seed=cell.seed).fit(features, survival_target(time, event))
+    if "test" not in parts:
+        raise InputError(f"no image of the test rows of data set `{cell.data.name}` can be read")
     test = parts["test"]
     images, rows = cell.part("test")
     first = {g: int(r) for g, r in reversed(list(zip(images.groups, rows, strict=True)))}
@@ -334,6 +336,7 @@ def _fitted(cell: Cell, make: Callable[[], Any]) -> TaskResult:
     scores = np.full((len(rows), len(cell.data.labels)), 0.0)
     chosen: dict[str, Any] = {}
     notes: list[str] = []
+    unheld = 0  # problems whose validation rows have one class only, or none
     validation = dict(_problems(cell.data.truth[held_rows], cell.data.mode)) if len(held) else {}
     for columns, codes in _problems(cell.data.truth[train_rows], cell.data.mode):
         known = np.flatnonzero(codes >= 0)
@@ -347,12 +350,16 @@ def _fitted(cell: Cell, make: Callable[[], Any]) -> TaskResult:
             use = np.flatnonzero(np.isin(held_codes, np.unique(codes[known])))
             if len(np.unique(held_codes[use])) > 1:
                 given = ValidationRows(held.vectors[use], held_codes[use], [held.groups[i] for i in use])
+        unheld += given is None
         kind = make()
         kind.fit(train.vectors[known], codes[known], [train.groups[i] for i in known], validation=given)
         chosen |= {f"{k} of {name}" if len(columns) == 1 else k: v for k, v in kind.chosen_.items()}
         scores[:, columns] = _columns(kind.logits(test.vectors), kind.classes_, columns, cell.data.mode)
-    notes.insert(0, f"fitted on {len(train_rows)} rows; choices on " + (f"{len(held)} validation rows" if len(held)
-                 else "a quarter of the training patients"))  # fmt: skip
+    quarter = "a quarter of the training patients"
+    where = quarter if not len(held) else f"{len(held)} validation rows"
+    if len(held) and unheld:
+        where += f", of {unheld} labels whose validation rows have one class only on {quarter}"
+    notes.insert(0, f"fitted on {len(train_rows)} rows; choices on {where}")
     return score_answers(
         rows, cell.data.truth[rows], scores, test.groups, cell.data.labels, mode=cell.data.mode, notes=notes,
         chosen=chosen, **cell.options,
