@@ -41,3 +41,24 @@ def test_no_global_state_is_touched() -> None:
     before = mpl.rcParams["font.size"], mpl.rcParams["axes.grid"]
     DRAWINGS["dots"]()
     assert (mpl.rcParams["font.size"], mpl.rcParams["axes.grid"]) == before
+
+
+@pytest.mark.parametrize("name", ["$\\frac{$", "$x$", "a$b", "_quiet", "<b>&\"'", "ß Ω é", "^ \\alpha"])
+def test_a_name_is_no_formula(name: str) -> None:
+    """What a user calls a model, a label or a method is drawn as it is, or a finished run would end without its page."""
+    from chiasm.evaluate.explain_figures import method_dots
+    from chiasm.evaluate.explore_figures import labels_in_clusters, static_map
+    from chiasm.evaluate.explore_map import MapColumn
+    from chiasm.evaluate.suite.figures import HeatCell, heat_table, model_dots
+
+    number = Interval(0.7, 0.6, 0.8, 9, 0.5)
+    column = MapColumn(name, (name, "b"), np.asarray([0, 1, 0, -1], dtype=np.int16))
+    drawn = [
+        heat_table([name], [name], {(name, name): HeatCell(0.7, 0.4)}),
+        model_dots({name: {name: number}}, xlabels={name: name}, models=[name]),
+        method_dots({name: {name: number, "x": number}}, xlabel=name),
+        figures.interval_dots({name: number}, xlabel=name),
+        static_map(np.eye(4)[:, :2], column),
+        labels_in_clusters(np.asarray([0, 1, 0, -1]), column, names=[name, "b", "none"]),
+    ]
+    assert all(d.startswith("<svg") and "<b>" not in d for d in drawn)

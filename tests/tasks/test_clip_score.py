@@ -91,6 +91,17 @@ def test_rows_are_paired_by_id_in_any_order() -> None:
     assert fewer.ids == images.ids[:25]
 
 
+def test_a_patient_who_has_nearly_all_rows_gets_the_only_other_text() -> None:
+    from chiasm.tasks.clip_score import _exchange
+
+    image, text = np.random.default_rng(5).normal(size=(2, 300, 12))
+    own = (image * text).sum(1)
+    other, wins = _exchange(image, text, own, ["many"] * 299 + ["other"], 0)
+    only = image[:299] @ text[299]
+    np.testing.assert_allclose(other[:299], clip_score(only))
+    np.testing.assert_array_equal(wins[:299], (own[:299] > only).astype(float))
+
+
 def test_refusals() -> None:
     images, texts = pairs(10)
     with pytest.raises(InputError, match="two patients"):

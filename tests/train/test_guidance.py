@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -160,5 +161,6 @@ def test_refusals(encoder: Encoder) -> None:
         guidance(torch.zeros(1, 3, 9, 9), cuts=[])
     with pytest.raises(InputError, match="in \\[0, 1\\]"):
         optimise_pixels(guidance, torch.full((1, 3, 9, 9), 2.0))
-    with pytest.raises(InputError, match="steps"):
-        optimise_pixels(guidance, torch.zeros(1, 3, 9, 9), steps=0)
+    for wrong in ({"steps": 0}, {"lr": 0.0}, {"lr": math.nan}, {"lr": math.inf}, {"stay": -1.0}, {"frames": 0}):
+        with pytest.raises(InputError, match="steps"):
+            optimise_pixels(guidance, torch.zeros(1, 3, 9, 9), **wrong)  # type: ignore[arg-type]

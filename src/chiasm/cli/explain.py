@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -347,13 +348,15 @@ def parse_box(word: str, option: str = "--box") -> Box:
         raise InputError(
             f"{option} must be x0,y0,x1,y1 in pixels, got `{word}`", hint=f"{option} 10,20,60,80"
         ) from None
-    if not (x0 < x1 and y0 < y1):
-        raise InputError(f"{option} must have x0 < x1 and y0 < y1, got `{word}`")
+    if not (-math.inf < x0 < x1 < math.inf and -math.inf < y0 < y1 < math.inf):
+        raise InputError(f"{option} must have x0 < x1 and y0 < y1, all finite, got `{word}`")
     return Box(x0, y0, x1, y1)
 
 
 def _names(word: str) -> Any:
     names = [part.strip() for part in word.split(",") if part.strip()]
+    if not names:
+        raise InputError("--methods names no method", hint="--methods all, or several with commas")
     return "all" if names == ["all"] else names
 
 

@@ -29,6 +29,8 @@ from chiasm.types import Embeddings, Interval, check_same_space
 WEIGHT = 2.5
 #: Exchanges of texts that the control averages.
 EXCHANGES = 20
+#: Times that a text of the own patient is drawn again, before texts of others are looked for one by one.
+REDRAWS = 40
 
 Floats = NDArray[np.float64]
 
@@ -162,11 +164,13 @@ def _exchange(image: Floats, text: Floats, own: Floats, groups: Sequence[str], s
     total, won = np.zeros(len(own)), np.zeros(len(own))
     for _ in range(EXCHANGES):
         partner = rng.integers(0, len(own), len(own))
-        for _ in range(1000):  # until nobody has a text of their own patient
+        for _ in range(REDRAWS):  # until nobody has a text of their own patient
             same = np.flatnonzero(codes[partner] == codes)
             if not len(same):
                 break
             partner[same] = rng.integers(0, len(own), len(same))
+        for row in np.flatnonzero(codes[partner] == codes):  # of a patient who has nearly all rows
+            partner[row] = rng.choice(np.flatnonzero(codes != codes[row]))
         cosine = (image * text[partner]).sum(1)
         total += clip_score(cosine)
         won += np.where(np.isclose(own, cosine, rtol=0, atol=1e-9), 0.5, own > cosine)

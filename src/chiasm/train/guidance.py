@@ -258,7 +258,7 @@ def optimise_pixels(
         InputError: Numbers out of range or a start that is no batch of images in [0, 1].
         TrainingError: The loss is no number.
     """
-    if steps < 1 or lr <= 0 or total_variation < 0 or stay < 0 or frames < 1:
+    if steps < 1 or not 0 < lr < math.inf or total_variation < 0 or stay < 0 or frames < 1:
         raise InputError("steps and frames must be at least 1, lr positive, total_variation and stay not negative")
     if start.ndim != 4 or start.shape[1] != 3 or not bool(((start >= 0) & (start <= 1)).all()):
         raise InputError(f"the start must be (batch, 3, height, width) in [0, 1], got shape {tuple(start.shape)}")
