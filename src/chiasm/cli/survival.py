@@ -97,6 +97,8 @@ def run(
     started = time.perf_counter()
     make = _maker(method, seed)
     flag, value, is_censoring = _flag(event, event_is, censored)
+    if horizon is not None and not horizon > 0:
+        raise InputError(f"--horizon must be a time after 0, got {horizon:g}", hint="in the unit of --time")
     wanted = _parse(features or (["image"] if model or store else []))
     from chiasm.evaluate.run_card import make_run_card
     from chiasm.evaluate.survival_scores import score_survival
@@ -106,7 +108,7 @@ def run(
     opened = {"batch_size": batch_size, "device": device, "family": family, "allow_code": allow_code}
     rows = _where(_open(wanted, table, store, model, as_json, named, opened), where)
     times, flags = _column(rows, time_column), event_flags(_column(rows, flag), event_is=value, censored=is_censoring)
-    known, sets, inputs = _blocks(rows, wanted), {}, {}
+    known, sets = _blocks(rows, wanted, (time_column, flag)), {}
     for name, parts in _with_parts(wanted).items():
         sets[name] = _data(known, parts, rows, times, flags, pooling)
     inputs = _inputs(known, rows, time_column, flag)
@@ -117,7 +119,8 @@ def run(
         seed=seed, warnings=(caution,) if caution else (), progress=make_progress(as_json, unit="folds"),
     )  # fmt: skip
     settings = {
-        "method": method, "features": list(sets), "time": time_column, "unit": unit, "event": flag, "pooling": pooling,
+        "method": method, "features": list(sets), "time": time_column, "unit": unit, "event": flag,
+        "event is": f"not {value}" if is_censoring else value, "pooling": pooling,
         "folds": folds, "groups": groups, "where": list(where or ()), "resamples": resamples, "horizon": scores.horizon,
     }  # fmt: skip
     card = make_run_card(
@@ -259,8 +262,10 @@ def _column(rows: _Rows, name: str) -> list[LabelValue]:
     return rows.labels[name]
 
 
-def _blocks(rows: _Rows, wanted: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[NDArray[np.float64], list[str]]]:
-    """Return numbers and their names for each part."""
+def _blocks(
+    rows: _Rows, wanted: Mapping[str, tuple[str, ...]], outcome: Sequence[str]
+) -> dict[str, tuple[NDArray[np.float64], list[str]]]:
+    """Return numbers and their names for each part; the columns of the outcome are refused."""
     from chiasm.tasks.modalities import make_modalities
 
     found: dict[str, tuple[NDArray[np.float64], list[str]]] = {}
@@ -271,19 +276,24 @@ def _blocks(rows: _Rows, wanted: Mapping[str, tuple[str, ...]]) -> dict[str, tup
             block = make_modalities(rows.ids, **both).blocks[part]
             found[part] = (block, [f"{part} {k + 1}" for k in range(block.shape[1])])
         else:
-            found[part] = _clinical(rows, part.partition(":")[2].split(","))
+            found[part] = _clinical(rows, part.partition(":")[2].split(","), outcome)
     return found
 
 
-def _clinical(rows: _Rows, patterns: Sequence[str]) -> tuple[NDArray[np.float64], list[str]]:
+def _clinical(rows: _Rows, patterns: Sequence[str], outcome: Sequence[str]) -> tuple[NDArray[np.float64], list[str]]:
     """Return columns of the table as numbers; of the categories of a column the first is what the others differ from."""
     from chiasm.tasks.modalities import encode_clinical, is_blank
 
     names: list[str] = []
     for pattern in (p.strip() for p in patterns):
-        matched = sorted(fnmatch.filter(rows.labels, pattern))
+        matched = [pattern] if pattern in rows.labels else sorted(fnmatch.filter(rows.labels, pattern))
         if not matched:
             _column(rows, pattern)
+        if told := [m for m in matched if m in outcome]:
+            raise InputError(
+                f"--features takes in `{told[0]}`, the outcome itself (by `{pattern}`)",
+                hint="a narrower pattern, or the columns by name",
+            )
         names += [m for m in matched if m not in names]
     known = {n: rows.labels[n] for n in names if not all(is_blank(v) for v in rows.labels[n])}
     if not known:
@@ -321,7 +331,10 @@ def _inputs(
     from chiasm.types import Embeddings, Space
 
     labels = {name: tuple(rows.labels[name]) for name in (time_column, flag)}
-    found: dict[str, Embeddings] = {f"{side}s": e for side, e in rows.sides.items()}
+    kept = set(rows.ids)  # what --where and the other side left
+    found: dict[str, Embeddings] = {
+        f"{side}s": e.select([k for k, name in enumerate(e.ids) if name in kept]) for side, e in rows.sides.items()
+    }
     for part, (block, _) in known.items():
         if part not in SIDES:
             space = Space("columns of the table", "none", "none", block.shape[1])

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
+import numpy as np
+
 from chiasm import __version__
 from chiasm.evaluate.page import Section, Table
 from chiasm.types import Embeddings, digest_of
@@ -117,14 +119,22 @@ def make_run_card(
 
 
 def digest_of_rows(embeddings: Embeddings) -> str:
-    """Return 12 hex digits over ids, groups, labels and the vectors rounded to float16, in their order."""
+    """Return 12 hex digits over ids, groups, labels and the vectors rounded to float16, in their order.
+
+    Vectors whose largest number float16 cannot hold are divided by it first.
+    """
     named = {
         "ids": list(embeddings.ids),
         "patients": list(embeddings.patients or ()),
         "labels": {name: [v if v is None else str(v) for v in column] for name, column in embeddings.labels.items()},
     }
     digest = hashlib.sha256(digest_of(named, 64).encode())
-    digest.update(embeddings.vectors.astype("<f2").tobytes())
+    vectors = embeddings.vectors
+    largest = float(np.abs(vectors[np.isfinite(vectors)]).max(initial=0.0))
+    if largest and not 1e-3 < largest < 6e4:  # numbers of a table that float16 cannot hold
+        digest.update(f"{largest:.6e}".encode())
+        vectors = vectors / np.float32(largest)
+    digest.update(vectors.astype("<f2").tobytes())
     return digest.hexdigest()[:12]
 
 

@@ -89,6 +89,8 @@ def calibration_points(points: Sequence[CalibrationPoint]) -> str:
         axes.plot([0, top], [0, top], color=WARM, linestyle=(0, (3, 2)), linewidth=1.4)
         for point in points:
             o = point.observed
+            if not np.isfinite(o.value):
+                continue
             if np.isfinite(o.low) and np.isfinite(o.high):
                 axes.plot([point.predicted] * 2, [o.low, o.high], color=ACCENT, linewidth=3, alpha=0.35)
             axes.plot([point.predicted], [o.value], "o", color=ACCENT, markersize=7)

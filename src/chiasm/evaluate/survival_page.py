@@ -16,6 +16,7 @@ from chiasm.evaluate.page import Block, Figure, KeyNumber, Note, Page, Section, 
 from chiasm.evaluate.run_card import RunCard
 from chiasm.evaluate.survival_figures import auc_over_time, calibration_points, survival_curves
 from chiasm.evaluate.survival_scores import NOTHING, SurvivalScores
+from chiasm.types import Interval
 
 METHODS = {
     "coxnet": "Cox's model with an elastic net",
@@ -123,6 +124,14 @@ def _over_time(scores: SurvivalScores) -> Section:
                 f"Cumulative/dynamic AUC; the band belongs to {scores.name}.",
                 wide=True,
             ),
+            Table(
+                ("event until", *(n for n in scores.models if n != NOTHING)),
+                tuple(
+                    (_time(t, scores.unit), *(m.auc[k] for n, m in scores.models.items() if n != NOTHING))
+                    for k, t in enumerate(scores.grid)
+                ),
+                "AUC at each time; chance is 0.5.",
+            ),
             Note(
                 f"Predicted probabilities: integrated Brier score {scores.models[scores.name].brier} against "
                 f"{scores.models[NOTHING].brier} of the Kaplan–Meier curve for everybody; difference "
@@ -146,8 +155,10 @@ def _risk_groups(scores: SurvivalScores) -> Section:
             wide=True,
         )
     ]
-    if scores.separation is not None:
-        test = scores.separation
+    test = scores.separation
+    if test is not None and not math.isfinite(test.p_value):
+        blocks.append(Note("Log-rank test, p not defined: no event fell while patients of two groups were at risk."))
+    elif test is not None:
         blocks.append(
             Note(
                 f"Log-rank test, stratified by fold: χ² = {test.chi2:.1f}, {test.df} degree{'s' if test.df > 1 else ''} of "
@@ -172,7 +183,14 @@ def _calibration(scores: SurvivalScores) -> Section:
     return Section(
         f"Calibration at {_time(scores.horizon, scores.unit)}",
         "Patients with alike predictions: what was predicted, and what Kaplan–Meier found.",
-        (Figure(calibration_points(scores.calibration), "Beside each point the number of patients."),),
+        (
+            Figure(calibration_points(scores.calibration), "Beside each point the number of patients."),
+            Table(
+                ("patients", "predicted", "observed"),
+                tuple((f"{p.observed.n:,}", f"{p.predicted:.3f}", _known(p.observed)) for p in scores.calibration),
+                "Probability of the event until then. “–”: nobody of the group was followed that long.",
+            ),
+        ),
     )
 
 
@@ -202,7 +220,13 @@ def _choice(chosen: Mapping[str, Any]) -> str:
 
 
 def _time(value: float, unit: str) -> str:
-    return f"{value:,.0f} {unit}" if math.isfinite(value) else "not reached"
+    if not math.isfinite(value):
+        return "not reached"
+    return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
+
+
+def _known(interval: Interval) -> object:
+    return interval if math.isfinite(interval.value) else "–"
 
 
 def _signed(interval: object) -> str:

@@ -11,6 +11,7 @@ can be learned all patients get one risk. Several members, each with its own hel
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -93,7 +94,9 @@ class NeuralCox(BaseEstimator):  # type: ignore[misc]  # scikit-learn has no typ
         time, event = from_target(target)
         if x.ndim != 2 or len(x) != len(time):
             raise InputError(f"features must have shape ({len(time)}, columns), got {x.shape}")
-        self.median_ = np.nan_to_num(np.nanmedian(np.where(np.isfinite(x), x, np.nan), axis=0))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # a column without any value
+            self.median_ = np.nan_to_num(np.nanmedian(np.where(np.isfinite(x), x, np.nan), axis=0))
         filled = np.where(np.isfinite(x), x, self.median_)
         self.mean_ = filled.mean(axis=0)
         deviation = filled.std(axis=0)
