@@ -54,12 +54,12 @@ def changed(kind: str, place: str, value: Any) -> dict[str, Any]:
     here: Any = made
     for key in path:
         here = here[int(key)] if isinstance(here, list) else here[key]
-    key: Any = int(last) if isinstance(here, list) else last
+    end: Any = int(last) if isinstance(here, list) else last
     if value is GONE:
-        del here[key]
+        del here[end]
     else:
-        assert key in here or isinstance(here, list)
-        here[key] = value
+        assert isinstance(here, list) or end in here
+        here[end] = value
     return made
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -157,6 +157,8 @@ def run(
                                            share=fit_share, seed=seed)  # fmt: skip
     calibration = fit_calibration(scored.rows.select(fitting), plan)
     found = score_calibration(calibration, scored.rows.select(judging), n_resamples=resamples, seed=seed)
+    if not scored.has_patients:
+        found = replace(found, notes=("there is no column of patients: each row counts as a patient", *found.notes))
     domain: DomainReference | None = None
     if in_domain:
         domain, judged = _domain(scored, in_domain, out_of_domain, domain_method, false_alarms, group, resamples, seed)
@@ -168,7 +170,7 @@ def run(
         print_json({"calibration": calibration.to_dict(), "scores": found.to_dict(), "split": split, **files,
                     "run_card": card.to_dict()})  # fmt: skip
         return
-    _print(calibration, found, split, files, scored.has_patients)
+    _print(calibration, found, split, files)
 
 
 def _check_source(source: Source, csv: Path | None, apply: Path | None) -> None:
@@ -177,7 +179,9 @@ def _check_source(source: Source, csv: Path | None, apply: Path | None) -> None:
         raise InputError("give --scores, --table or --store, one of the three",
                          hint="--scores FILE, or --table t.csv --model M --labels-file PROMPTS")  # fmt: skip
     if source.scores is not None and (source.model or source.labels_file):
-        raise InputError("--model and --labels-file make scores; --scores has them already")
+        raise InputError(
+            "--model and --labels-file make scores; --scores has them already", hint="leave one of them out"
+        )
     if csv is not None and apply is None:
         raise InputError("--csv belongs to --apply", hint="--out PAGE.html or --json show what was fitted")
 
@@ -343,9 +347,7 @@ def _write(
     return found
 
 
-def _print(
-    calibration: Calibration, scores: CalibrationScores, split: str, files: dict[str, Any], has_patients: bool
-) -> None:
+def _print(calibration: Calibration, scores: CalibrationScores, split: str, files: dict[str, Any]) -> None:
     from chiasm.evaluate.calibration_page import summary_rows
 
     plan = calibration.plan
@@ -357,8 +359,6 @@ def _print(
     fitted = calibration.patients
     print(f"  {split}: {fitted['probabilities']} patients fitted probabilities, {fitted['sets']} others the sets, "
           f"{scores.patients} judge")  # fmt: skip
-    if not has_patients:
-        print("  there is no column of patients: each row counts as a patient")
     for label, reason in scores.refused.items():
         print(f"  {label}: {reason}")
     for note in scores.notes:

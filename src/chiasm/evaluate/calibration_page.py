@@ -43,7 +43,7 @@ def calibration_page(
         table = (Table(("label", "why"), rows),) if rows else ()
         sections.append(
             Section(
-                "What was left out, and what did not help",
+                "What was left out, what did not help, what to know",
                 "Too little to go by is said, not guessed.",
                 (*table, *notes),
             )

@@ -247,6 +247,8 @@ def score_calibration(
     if single:
         classes = np.where(rows.classes < 0, np.nan, rows.classes.astype(np.float64))
         pooled = _errors(classes, rows.uncalibrated, answers.probabilities, rows.groups, "top", options)
+        constant = np.bincount(rows.classes, minlength=len(rows.origin.labels)) / len(rows)
+        pooled = _with_chance(pooled, classes, np.tile(constant, (len(rows), 1)))
         curves = _curves(classes, (rows.uncalibrated, answers.probabilities), rows.groups, "top", seed)
         sets = score_sets(calibration.sets[""].predict(answers.probabilities), classes, rows.groups, **options)
         by_sets = _of_classes(answers, rows, options)
