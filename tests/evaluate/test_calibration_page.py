@@ -36,8 +36,8 @@ def intervals(value: Any, place: str = "") -> dict[str, Interval]:
     """Every interval of a document, by its place."""
     if isinstance(value, dict):
         if {"value", "low", "high"} <= set(value):
-            numbers = [math.nan if value[k] is None else value[k] for k in ("value", "low", "high")]
-            return {place: Interval(*numbers, value["n"], value["chance"])}
+            first, low, high = (math.nan if value[k] is None else value[k] for k in ("value", "low", "high"))
+            return {place: Interval(first, low, high, value["n"], value["chance"])}
         return {k: v for name, inner in value.items() for k, v in intervals(inner, f"{place}/{name}").items()}
     if isinstance(value, list):
         return {k: v for i, inner in enumerate(value) for k, v in intervals(inner, f"{place}/{i}").items()}

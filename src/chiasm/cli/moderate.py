@@ -149,7 +149,7 @@ def _embed(
     if not images:
         return open_vectors(store=store, table=table, encoder=encoder, **options)
     if table is not None or store is not None:
-        raise InputError("give images, --table or --store, one of the three")
+        raise InputError("give images, --table or --store, one of the three", hint="leave the others out")
     rows = read_images(images, None)
     rejects = RejectLog(rows.rejected)
     found = embed_images(encoder, rows.samples, batch_size=options["batch_size"], rejects=rejects,
@@ -299,7 +299,8 @@ def _print(
             ("category", "images", "others", "AUROC", "found", "others left alone"),
             [(c.category, c.positives, c.negatives, c.auroc, c.found, c.left_alone) for c in scores.categories],
         )
-        print(f"  right decisions, reviews left out: {scores.wanted}, always the commonest {scores.wanted.chance:.3f}; "
+        chance = "–" if scores.wanted.chance is None else f"{scores.wanted.chance:.3f}"
+        print(f"  right decisions, reviews left out: {scores.wanted}, always the commonest {chance}; "
               f"to review: {scores.reviewed}")  # fmt: skip
         if split is not None:
             print(f"  {split}")

@@ -143,9 +143,13 @@ def _worth(scores: ModerationScores) -> Section:
     return Section(
         "What the policy is worth",
         f"On {scores.n:,} labelled images of {scores.patients:,} patients, with 95 % intervals over patients. Right decisions, "
-        f"reviews left out: {scores.wanted} (always the commonest: {scores.wanted.chance:.3f}); to review: {scores.reviewed}.",
+        f"reviews left out: {scores.wanted} (always the commonest: {_chance(scores)}); to review: {scores.reviewed}.",
         tuple(blocks),
     )
+
+
+def _chance(scores: ModerationScores) -> str:
+    return "–" if scores.wanted.chance is None else f"{scores.wanted.chance:.3f}"
 
 
 def _distributions(result: ModerationResult, truth: Mapping[str, Any]) -> Section:

@@ -58,11 +58,12 @@ class ModerationScores:
     Attributes:
         categories: One per category that has a truth.
         wanted: Share of the labelled images whose decision is the one that their true categories ask for (a review
-            counts as neither right nor wrong and is left out); ``chance`` is that of always giving the commonest one.
+            counts as neither right nor wrong and is left out); ``chance`` is what always giving the commonest one would
+            score on the same images.
         reviewed: Share of the labelled images that a person must look at.
         confusion: Wanted decision -> given decision -> images.
         skipped: Categories without a truth.
-        n: Labelled images.
+        n: Labelled images: all truths that could change the wanted decision are known.
         patients: Of those.
     """
 
@@ -105,17 +106,17 @@ def score_moderation(
     for name, column in columns.items():
         if column.shape != (len(result),):
             raise InputError(f"category `{name}` has {len(column)} truth values for {len(result)} images")
-    known = np.zeros(len(result), dtype=bool)
-    for column in columns.values():
-        known |= ~np.isnan(column)
-    if not known.any():
-        raise InputError("no image is labelled, so nothing can be judged")
+    columns = {name: column for name, column in columns.items() if not np.isnan(column).all()}
+    if not columns:
+        raise InputError("no image is labelled, so nothing can be judged", hint="name a column that holds the truth")
     options: dict[str, Any] = {"n_resamples": n_resamples, "seed": seed}
     found = [
         _category(result, k, columns[name], options) for k, name in enumerate(result.policy.names) if name in columns
     ]
-    wanted = _wanted(result, columns)
+    wanted, known = _wanted(result, columns)
     rows = np.flatnonzero(known)
+    if not len(rows):
+        raise InputError("no image has a truth of every category that could decide", hint="label whole images")
     given = np.array(result.decisions)
     reviewed = (given == "review").astype(np.float64)
     right = np.where((given == "review") & (wanted != "review"), np.nan, given == wanted)
@@ -124,11 +125,12 @@ def score_moderation(
         {"right": mean_statistic(right[rows]), "reviewed": mean_statistic(reviewed[rows])}, groups, **options
     )
     counts = {a: int((wanted[rows] == a).sum()) for a in ACTIONS}
+    judged = rows[~np.isnan(right[rows])]
+    commonest = max(int((wanted[judged] == a).sum()) for a in ACTIONS) / len(judged) if len(judged) else None
     right_number = numbers["right"]
     return ModerationScores(
         tuple(found),
-        Interval(right_number.value, right_number.low, right_number.high, int((~np.isnan(right[rows])).sum()),
-                 max(counts.values()) / len(rows)),
+        Interval(right_number.value, right_number.low, right_number.high, len(judged), commonest),
         numbers["reviewed"],
         {w: {g: int(((wanted == w) & (given == g))[rows].sum()) for g in ACTIONS} for w in ACTIONS if counts[w]},
         tuple(name for name in result.policy.names if name not in columns),
@@ -137,14 +139,20 @@ def score_moderation(
     )  # fmt: skip
 
 
-def _wanted(result: ModerationResult, columns: Mapping[str, Floats]) -> Any:
-    """Return the decision that the true categories of each image ask for: the strictest of their actions."""
+def _wanted(result: ModerationResult, columns: Mapping[str, Floats]) -> tuple[Any, Any]:
+    """Return the decision that the true categories of each image ask for, the strictest, and whether it is known.
+
+    An unlabelled category leaves the decision open, unless one as strict is known to be there.
+    """
     wanted = np.full(len(result), result.policy.default, dtype=object)
+    known = np.ones(len(result), dtype=bool)
     for action in reversed(ACTIONS):
-        for category in result.policy.categories:
-            if category.action == action and category.name in columns:
-                wanted[columns[category.name] == 1] = action
-    return wanted
+        own = [columns[c.name] for c in result.policy.categories if c.action == action and c.name in columns]
+        if own:
+            there = (np.stack(own) == 1).any(axis=0)
+            known = np.where(there, True, known & ~np.isnan(np.stack(own)).any(axis=0))
+            wanted[there] = action
+    return wanted, known
 
 
 def _category(result: ModerationResult, k: int, truth: Floats, options: Mapping[str, Any]) -> CategoryScores:
