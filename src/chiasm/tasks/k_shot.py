@@ -209,7 +209,7 @@ def run_episodes(
         progress: Gets one unit for each episode and method.
 
     Raises:
-        InputError: A method's probabilities have another shape.
+        InputError: A method's probabilities have another shape or are not finite.
     """
     bar = progress or SilentProgress()
     asked = [(e, name) for e in draws.episodes for name in methods if e.seed in (only or {}).get(name, (e.seed,))]
@@ -222,6 +222,9 @@ def run_episodes(
         expected = (len(episode.test), len(draws.classes))
         if np.shape(probabilities) != expected:
             raise InputError(f"{name} gave probabilities of shape {np.shape(probabilities)}, expected {expected}")
+        if not np.isfinite(probabilities).all():
+            raise InputError(f"{name} gave probabilities that are not finite",
+                             hint="its fit went astray; leave it out, or change its settings")  # fmt: skip
         sizes = len(episode.train), len(episode.validation)
         found.append(Answer(name, episode.seed, episode.shots, probabilities, *sizes, dict(chosen), spent))
         bar.advance()
