@@ -224,7 +224,9 @@ def test_calibration_of_several_findings_is_the_mean_of_each() -> None:
     random = np.random.default_rng(0)
     given, truth = random.random((60, 2)), (random.random((60, 2)) < 0.3).astype(float)
     mine = of_measure("ece", truth, given, [str(i) for i in range(60)], n_resamples=20, seed=0)
-    single = [expected_calibration_error(truth[:, k].astype(int).tolist(), given[:, k]) for k in range(2)]
+    single = [
+        expected_calibration_error(truth[:, k].astype(int).tolist(), given[:, k], of="positive") for k in range(2)
+    ]
     assert mine.value == pytest.approx(np.mean(single))
     classes = given / given.sum(1, keepdims=True)
     one = np.eye(2)[random.integers(2, size=60)]

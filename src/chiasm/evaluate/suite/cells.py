@@ -24,7 +24,7 @@ from chiasm.io.manifest import write_bytes_atomic, write_json_atomic
 from chiasm.types import Space, digest_of
 
 #: Raised when the meaning of a cell's file changes.
-FORMAT = 1
+FORMAT = 2
 State = Literal["done", "failed"]
 
 

@@ -47,12 +47,12 @@ def _keys(run: SuiteRun, done: Sequence[CellOutcome]) -> tuple[KeyNumber, ...]:
     found = []
     for (data, task), model in list(run.best.items())[:4]:
         cell = run.cell(model, data, task)
-        if cell is not None and cell.result is not None:
+        if cell is not None and cell.result is not None and math.isfinite(cell.result.main.value.value):
             found.append(KeyNumber(f"{data} · {task}", cell.result.main.value, f"{model}, better than every other"))
-    if not found and done and done[0].result is not None:
-        first = done[0]
-        assert first.result is not None
-        found.append(KeyNumber(f"{first.data} · {first.task}", first.result.main.value, first.model))
+    if not found:
+        for c in done:
+            if c.result is not None and math.isfinite(c.result.main.value.value):
+                return (KeyNumber(f"{c.data} · {c.task}", c.result.main.value, c.model),)
     return tuple(found)
 
 
@@ -300,6 +300,8 @@ def _measure_name(name: str) -> str:
 
 def _interval(number: Interval, *, wrap: bool = False) -> str:
     """Return a number with its interval in one line; with ``wrap`` it may break before the bracket."""
+    if not math.isfinite(number.value):
+        return "–"
     text = str(number).replace(" ", "\u00a0")
     return text.replace("\u00a0[", " [") if wrap else text
 

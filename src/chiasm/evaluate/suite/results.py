@@ -74,8 +74,8 @@ def mean_auroc_statistic(truth: Any, answers: Any) -> WeightStatistic:
 def mean_ece_statistic(truth: Any, answers: Any) -> WeightStatistic:
     """Return the calibration error of probabilities (n, labels) as a function of weights.
 
-    One label, or several of which any number may be true: the mean over labels of each label's own error. Classes that
-    exclude each other (rows of ``answers`` sum to 1): the error of the most probable class.
+    One label, or several of which any number may be true: the mean over labels of each label's own error, by the
+    probability of the label. Classes that exclude each other (rows of ``answers`` sum to 1): the error of the most probable class.
     """
     given, wanted = np.asarray(answers, dtype=np.float64), np.asarray(truth, dtype=np.float64)
     if given.shape[1] > 1 and np.allclose(given.sum(1), 1.0, atol=1e-6):
@@ -83,7 +83,9 @@ def mean_ece_statistic(truth: Any, answers: Any) -> WeightStatistic:
         return ece_statistic(classes, given)
     labels = [k for k in range(given.shape[1]) if not np.isnan(wanted[:, k]).all()]
     parts = [
-        ece_statistic([None if np.isnan(t) else int(t) for t in wanted[:, k]], np.clip(given[:, k], 0, 1))
+        ece_statistic(
+            [None if np.isnan(t) else int(t) for t in wanted[:, k]], np.clip(given[:, k], 0, 1), of="positive"
+        )
         for k in labels
     ]
 
