@@ -153,7 +153,7 @@ def test_key_numbers_are_the_reference_and_the_floors(methods: tuple[str, ...], 
     assert page.key_numbers[-1].interval.value == 0.377
 
 
-@pytest.mark.parametrize("method", [*IMAGE_METHODS, *TEXT_METHODS, "from-scratch", "colour"])
+@pytest.mark.parametrize("method", [*IMAGE_METHODS, *TEXT_METHODS, "coop", "from-scratch", "colour"])
 def test_each_method_is_explained(method: str) -> None:
     assert len(WHAT_THEY_ARE[method]) > 20
 

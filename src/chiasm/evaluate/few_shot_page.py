@@ -22,6 +22,7 @@ WHAT_THEY_ARE = {
     "tip-adapter-f": "the same with trained keys; the step chosen on validation patients",
     "clip-adapter": "a residual bottleneck on the vector (Gao et al. 2021); ratio and step chosen on validation patients",
     "text-probe": "a linear probe that begins at the texts (after LP++, Huang et al. 2024)",
+    "coop": "learned prompts (Zhou et al. 2022): their vectors from the shots, the epoch chosen on validation patients",
     "from-scratch": "a small CNN without pretraining, on the images themselves; learns from shots and validation rows",
     "colour": "six colour numbers and the nearest centroid: the floor",
 }

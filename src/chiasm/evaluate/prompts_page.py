@@ -223,7 +223,12 @@ def _effects_of(name: str, effects: PromptEffects, metric: str) -> Section:
     found = effects.of(name)
     blocks: list[Block] = []
     drawn = {"all together": effects.ensemble[name]} if name in effects.ensemble else {}
-    drawn |= {short(f"{e.kind}: {e.option}"): e.alone for e in found if e.alone is not None}
+    for e in found:
+        if e.alone is not None:
+            name_of = short(f"{e.kind}: {e.option}")
+            while name_of in drawn:  # two options that begin alike stay two dots
+                name_of += "′"
+            drawn[name_of] = e.alone
     if len(drawn) > 1:
         blocks.append(
             Figure(
