@@ -27,6 +27,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for i, (t, e) in enumerate(zip(truth, rng.normal(size=n), strict=True))
         ),
         "name": tuple(f"n{i}" for i in range(n)),
+        "blank": ("?", None, "none", "unknown", "NaN", "") * (n // 6),
     }
     path = tmp_path_factory.mktemp("fuse") / "store"
     space = Space("m", "w", "p", 8)
@@ -70,6 +71,14 @@ def test_all_arms_with_a_page(store: Path, tmp_path: Path) -> None:
         (("--label", "outcome", "--use", "image,clinical"), "no column was given"),
         (("--label", "outcome", "--use", "image", "--clinical", "age"), "--use leaves it out"),
         (("--label", "name", "--use", "image"), "has 1 patients"),
+        (("--label", "outcome", "--clinical", "age,outcome"), "`outcome` is what --label asks for"),
+        (("--label", "blank"), "no row has a label in column `blank`"),
+        (("--label", "outcome", "--use", ""), "--use names ``"),
+        (("--label", "outcome", "--use", "image", "--folds", "200"), "got 200 folds"),
+        (("--label", "outcome", "--use", "image", "--split", "test"), "no label column `split`"),
+        (("--label", "outcome", "--use", "image", "--group", "ward"), "no label column `ward`"),
+        (("--label", "outcome", "--use", "image", "--column", "id=x"), "are for tables"),
+        (("--label", "outcome", "--use", "image", "--root", "films"), "are for tables"),
     ],
 )
 def test_plain_words(store: Path, words: tuple[str, ...], message: str) -> None:
@@ -79,3 +88,22 @@ def test_plain_words(store: Path, words: tuple[str, ...], message: str) -> None:
     assert code == 1
     assert re.search(message, text), text
     assert "hint:" in text
+
+
+def test_the_card_tells_labels_and_modalities_apart(store: Path) -> None:
+    def digest(*words: object) -> str:
+        code, text = call("--store", store, "--folds", 2, "--repeats", 1, "--json", *words)
+        assert code == 0, text
+        return str(json.loads(text)["run_card"]["digest"])
+
+    image = ("--label", "outcome", "--use", "image")
+    same = digest(*image)
+    assert digest(*image) == same
+    others = [
+        digest(*image, "--seed", 1),
+        digest(*image, "--folds", 3),
+        digest(*image, "--components", 3),
+        digest("--label", "outcome", "--use", "image,clinical", "--clinical", "age"),
+        digest("--label", "outcome", "--use", "text"),
+    ]
+    assert len({same, *others}) == 6

@@ -175,3 +175,82 @@ def test_a_model_of_other_modalities_refuses() -> None:
     model = EarlyFusion().fit(rows, truth, groups)
     with pytest.raises(InputError, match="trained on image, clinical, got image"):
         model.predict_proba(rows.only("image"))
+
+
+def test_rows_that_no_fold_predicts_are_not_passed_over() -> None:
+    """Patients with rows of both classes: the draw may put all of class 1 into one fold, whose rows nobody predicts."""
+    groups = [f"p{k}" for k in (1, 0, 2, 0, 0, 1, 1, 1, 2, 1, 1, 0, 0, 0, 2, 1)]
+    numbers = np.array([1, 0, 0, 0, 0, 1, 0, 0, 1, 0, 1, 0, 0, 0, 0, 1])
+    rows = Modalities({"image": np.arange(32.0).reshape(16, 2)}, tuple(map(str, range(16))))
+    with pytest.raises(InputError, match="10 of 16 rows were in no fold") as caught:
+        compare_fusion(rows, numbers, groups, folds=2, repeats=1)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("values", "names", "expected"),
+    [
+        (["1", "2.5", None], ("x",), [[1], [2.5], [math.nan]]),
+        ([True, False, None], ("x",), [[1], [0], [math.nan]]),
+        (["-3", " 4 ", "n/a"], ("x",), [[-3], [4], [math.nan]]),
+        (["a", "B", "b"], ("x=a", "x=b"), [[1, 0], [0, 1], [0, 1]]),
+        (["a", None, "NaN"], ("x=a",), [[1], [math.nan], [math.nan]]),
+        (["III", "iii ", "IV"], ("x=iii", "x=iv"), [[1, 0], [1, 0], [0, 1]]),
+        (["é", "É", "z"], ("x=z", "x=é"), [[0, 1], [0, 1], [1, 0]]),
+        ([1, "high", 2], ("x=1", "x=2", "x=high"), [[1, 0, 0], [0, 0, 1], [0, 1, 0]]),
+        ([math.inf, 1, 2], ("x=1", "x=2", "x=inf"), [[0, 0, 1], [1, 0, 0], [0, 1, 0]]),
+    ],
+)
+def test_how_cells_become_numbers(values: list[object], names: tuple[str, ...], expected: list[list[float]]) -> None:
+    block, found = encode_clinical({"x": values})  # type: ignore[dict-item]
+    assert found == names
+    assert np.array_equal(block, np.array(expected, dtype=float), equal_nan=True)
+
+
+@given(st.integers(0, 10_000), st.permutations(range(12)))
+@settings(max_examples=30, deadline=None)
+def test_encoding_follows_the_order_of_rows(seed: int, order: list[int]) -> None:
+    rng = np.random.default_rng(seed)
+    columns = {"age": rng.integers(0, 9, 12).tolist(), "sex": ["f", *rng.choice(["f", "m", "?"], 11).tolist()]}
+    block, names = encode_clinical(columns)
+    turned, same = encode_clinical({n: [v[i] for i in order] for n, v in columns.items()})
+    assert names == same
+    assert np.array_equal(block[order], turned, equal_nan=True)
+
+
+@given(st.integers(0, 10_000), st.floats(0.01, 100.0), st.floats(-50, 50))
+@settings(max_examples=20, deadline=None)
+def test_units_of_a_column_do_not_matter(seed: int, scale: float, shift: float) -> None:
+    block = np.random.default_rng(seed).normal(size=(30, 3))
+    block[::7] = np.nan
+    one = BlockScaler().fit(block).transform(block)
+    other = BlockScaler().fit(block * scale + shift).transform(block * scale + shift)
+    assert one == pytest.approx(other, abs=1e-6)
+
+
+@pytest.mark.parametrize("weights", ["fitted", "equal"])
+def test_late_fusion_by_hand(weights: str) -> None:
+    """Weighted means of the log probabilities of the models alone, made probabilities again."""
+    rows, truth, groups, _ = two_halves(120)
+    model = LateFusion(weights=weights, penalties=(1.0,)).fit(rows, truth, groups)
+    logs = [np.log(model.models_[n].predict_proba(rows)) * model.weights_[n] for n in rows.names]
+    mixed = np.exp(sum(logs))
+    assert model.predict_proba(rows) == pytest.approx(mixed / mixed.sum(1, keepdims=True))
+    assert sum(model.weights_.values()) == pytest.approx(1)
+    if weights == "equal":
+        assert set(model.weights_.values()) == {0.5}
+
+
+def test_test_rows_shape_nothing() -> None:
+    """Changing the numbers of one patient changes no prediction of a model that did not train on the patient."""
+    rows, truth, groups, _ = two_halves(80)
+    one = compare_fusion(rows, truth, groups, folds=2, repeats=1)
+    folds = grouped_folds(truth, groups, 2, 0)
+    blocks = {n: b.copy() for n, b in rows.blocks.items()}
+    mine = [i for i, g in enumerate(groups) if g == groups[int(folds[0][1][0])]]
+    for block in blocks.values():
+        block[mine] += 100.0
+    other = compare_fusion(Modalities(blocks, rows.ids), truth, groups, folds=2, repeats=1)
+    rest = np.setdiff1d(folds[0][1], mine)
+    for arm in one.probabilities:
+        assert one.probabilities[arm][rest] == pytest.approx(other.probabilities[arm][rest])

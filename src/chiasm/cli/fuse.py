@@ -76,16 +76,16 @@ def run(
     from chiasm.tasks.modalities import make_modalities
 
     started = time.perf_counter()
-    wanted = _wanted(use, clinical)
+    wanted = _wanted(use, clinical, label)
     columns = [c.strip() for c in clinical.split(",") if c.strip()]
     load = table is not None
     encoder = load_encoder(model, device=device, family=family, allow_code=allow_code) if load else None
 
     def side(name: Literal["image", "text"], from_store: Path | None) -> Embeddings:
+        other = from_store is not None and from_store is not store  # --text-store stands beside a table
         return open_vectors(
-            store=from_store, table=None if from_store else table, side=name, split=split, group=group,
-            column=None if from_store else column, root=None if from_store else root, batch_size=batch_size,
-            as_json=as_json, encoder=encoder,
+            store=from_store, table=None if other else table, side=name, split=split, group=group, batch_size=batch_size,
+            column=None if other else column, root=None if other else root, as_json=as_json, encoder=encoder,
         )  # fmt: skip
 
     sides: dict[str, Embeddings] = {}
@@ -110,11 +110,10 @@ def run(
     card = make_run_card(
         f"chiasm fuse --label {label} --use {','.join(wanted)}"
         + (f" --clinical {','.join(columns)}" if columns else ""),
-        sides,
-        seed=seed,
-        settings={"folds": folds, "repeats": repeats, "components": components, "clinical": columns, "group": group},
-        seconds=time.perf_counter() - started,
-    )
+        sides, seed=seed, seconds=time.perf_counter() - started,
+        settings={"label": label, "use": wanted, "folds": folds, "repeats": repeats, "components": components,
+                  "clinical": columns, "group": group},
+    )  # fmt: skip
     if out is not None:
         save_page(fusion_page(scores, card, label=label), out)
     if as_json:
@@ -167,11 +166,13 @@ def _labelled(sides: dict[str, Embeddings], label: str, columns: list[str]) -> _
             for c in columns:
                 rows.values[c].append(given[c][k])
     if not rows.ids:
-        raise InputError(f"no row has a label in column `{label}`")
+        raise InputError(
+            f"no row has a label in column `{label}`", hint="blank, `?`, `none` and `unknown` are no labels"
+        )
     return rows
 
 
-def _wanted(use: str, clinical: str) -> list[str]:
+def _wanted(use: str, clinical: str, label: str) -> list[str]:
     named = [u.strip() for u in use.split(",") if u.strip()]
     unknown = [u for u in named if u not in MODALITIES]
     if unknown or not named:
@@ -182,4 +183,8 @@ def _wanted(use: str, clinical: str) -> list[str]:
         named.remove("clinical")
     if clinical.strip() and "clinical" not in named:
         raise InputError("--clinical was given, but --use leaves it out", hint="add clinical to --use")
+    if label in [c.strip() for c in clinical.split(",")]:
+        raise InputError(
+            f"column `{label}` is what --label asks for, so it cannot be among --clinical", hint="leave it out there"
+        )
     return named

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from chiasm.evaluate.figures import interval_dots
 from chiasm.evaluate.fusion_scores import FusionScores
 from chiasm.evaluate.page import Figure, KeyNumber, Note, Page, Section, Table
@@ -57,8 +59,8 @@ def _differences(scores: FusionScores) -> Section:
         return (
             name.replace("-", " − ", 1),
             test.difference,
-            f"{test.p:.3f}",
-            f"{test.p_raw:.3f}",
+            _p(test.p),
+            _p(test.p_raw),
             test.test.replace("delong", "DeLong").replace("_", ", "),
         )
 
@@ -71,6 +73,10 @@ def _differences(scores: FusionScores) -> Section:
             Table(("difference", "AUROC [95 %]", "p (Holm)", "p alone", "test"), rows),
         ),
     )
+
+
+def _p(value: float) -> str:
+    return f"{value:.3f}" if math.isfinite(value) else "–"
 
 
 def _missing(scores: FusionScores) -> Section:

@@ -154,6 +154,8 @@ def _verdict(differences: Mapping[str, PairedTest], fused: list[str], alone: lis
     if won:
         return f"{' and '.join(won).capitalize()} beat every modality alone."
     best = [m for m in alone if not any(_is_gain(differences[f"{f}-{m}"]) for f in fused)]
+    if not best:
+        return "No single fusion beat every modality alone."
     return f"No gain over {' or '.join(best)} alone was shown."
 
 

@@ -342,7 +342,8 @@ def compare_fusion(
         progress: Told of each fold.
 
     Raises:
-        InputError: Fewer than two classes, or too few patients of a class for the folds.
+        InputError: Fewer than two classes, too few patients of a class for the folds, or a class all of whose patients
+            were drawn into one fold.
     """
     names, numbers = np.unique(np.asarray([str(c) for c in classes]), return_inverse=True)
     patients = [str(g) for g in groups]
@@ -376,6 +377,12 @@ def compare_fusion(
             priors[test] += model.prior_
             bar.advance(1)
     bar.finish()
+    left_out = int((priors.sum(axis=1) < repeats - 0.5).sum())
+    if left_out:
+        raise InputError(
+            f"{left_out} of {len(rows)} rows were in no fold: all patients of a class fell into one",
+            hint="fewer folds, another --seed, or a class of more patients",
+        )
     return FusionRun(
         classes=tuple(str(n) for n in names),
         truth=numbers.astype(np.int64),
