@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -139,7 +140,7 @@ def _guide(
     settings = {**options, "cutouts": seen["cutouts"], "start": "image" if start else "noise"}
     card = RunCard(
         command="chiasm guide",
-        data={"start": digest_of(pixels.cpu().flatten()[:4096].tolist())},
+        data={"start": hashlib.sha256(pixels.cpu().numpy().tobytes()).hexdigest()[:12]},
         rows={"start": 1},
         model=str(encoder.space),
         seed=seen["seed"],
