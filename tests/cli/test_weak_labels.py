@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+import pytest
 
 from chiasm.data.phantoms import make_chest_phantoms
 
@@ -55,3 +56,41 @@ def test_rules_of_ones_own(chiasm: Run, phantom_table: Path, tmp_path: Path) -> 
     words = ("weak-labels", "--table", phantom_table)
     assert "must end in .csv" in chiasm(*words, "--labels-out", tmp_path / "l.txt", code=1)
     assert "no label column `mesh`" in chiasm(*words, "--truth", "mesh", code=1)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--labels-out", "labels.txt"), "must end in .csv or .parquet, got `labels.txt`"),
+        (("--labels-out", "private/labels"), "got `labels`"),
+        (("--examples", 2, "--sections", "findings"), "--examples shows whole reports"),
+        (("--train-probe",), "needs --truth"),
+        (("--truth", "nothing"), "no label column `nothing`"),
+        (("--rules", "knees"), "unknown set of rules `knees`"),
+        (("--split", "winter"), "winter"),
+    ],
+)
+def test_what_is_wrong_is_said_with_a_hint(
+    chiasm: Run, phantom_table: Path, words: tuple[object, ...], message: str
+) -> None:
+    text = chiasm("weak-labels", "--table", phantom_table, *words, code=1)
+    assert message in text
+    assert "hint: " in text
+    assert str(phantom_table.parent) not in text
+
+
+def test_a_phrase_in_place_of_a_list_is_refused(chiasm: Run, phantom_table: Path, tmp_path: Path) -> None:
+    rules = tmp_path / "rules.toml"
+    rules.write_text('[[finding]]\nname = "effusion"\nphrases = "effusion"\n')
+    text = chiasm("weak-labels", "--table", phantom_table, "--rules", rules, code=1)
+    assert "`phrases` must be a list of phrases" in text
+
+
+def test_the_card_tells_truths_and_groups_apart(chiasm: Run, phantom_table: Path) -> None:
+    words = ("weak-labels", "--table", phantom_table, "--json")
+    plain, again, truth, group = (
+        chiasm(*words, *more)["run_card"] for more in ((), (), ("--truth", "*"), ("--group", "id"))
+    )
+    assert plain["digest"] == again["digest"]
+    assert len({plain["digest"], truth["digest"], group["digest"]}) == 3
+    assert "given labels" in truth["data"]

@@ -111,6 +111,10 @@ def run(
         raise InputError("no table of reports was given", hint="--table T.csv with a column of texts")
     if train_probe and truth is None:
         raise InputError("--train-probe needs --truth: the probes are judged by given labels", hint='--truth "*"')
+    if labels_out is not None and labels_out.suffix.lower() not in (".csv", ".parquet"):
+        raise InputError(f"--labels-out must end in .csv or .parquet, got `{labels_out.name}`", hint="labels.csv")
+    if examples and sections:
+        raise InputError("--examples shows whole reports, and --sections reads parts", hint="leave one of them out")
     began = time.monotonic()
     found = LabelRules.load(rules)
     dataset = open_table(table, group=group, columns=column, root=root, require=("text",))
@@ -118,7 +122,7 @@ def run(
     wanted = tuple(s.strip() for s in sections.split(",") if s.strip())
     ids, texts = [s.id for s in samples], [s.text or "" for s in samples]
     weak = label_texts(texts, found, ids=ids, patients=[s.group for s in samples], sections=wanted)
-    scores = probes = None
+    scores = probes = given = images = None
     if truth is not None:
         names = sorted({k for s in samples for k in s.labels})
         given = given_labels({name: [s.labels.get(name) for s in samples] for name in names}, found, truth)
@@ -129,10 +133,10 @@ def run(
     if labels_out is not None:
         _write(labels_out, weak.to_rows(spans=evidence))
     settings = {"rules": found.name, "uncertain": uncertain, "blank": blank, "sections": sections or "all"}
-    card = report_card(weak, samples, settings, seed=seed, seconds=time.monotonic() - began)
+    took = time.monotonic() - began
+    card = report_card(weak, samples, settings, given=given, images=images, seed=seed, seconds=took)
     if out is not None:
-        shown = [] if wanted else texts  # the places of evidence count in the whole text
-        save_page(make_weak_label_page(weak, card, scores=scores, probes=probes, texts=shown, examples=examples), out)
+        save_page(make_weak_label_page(weak, card, scores=scores, probes=probes, texts=texts, examples=examples), out)
     if as_json:
         more = {"agreement": scores and scores.to_dict(), "probes": probes and probes.to_dict()}
         document = {"reports": len(ids), "labels": weak.counts(), **{k: v for k, v in more.items() if v}}
@@ -197,8 +201,6 @@ def _write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
         pq.write_table(pa.Table.from_pylist([dict(r) for r in rows]), path)
         return
-    if path.suffix.lower() != ".csv":
-        raise InputError(f"--labels-out must end in .csv or .parquet, got `{path.name}`")
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()

@@ -10,15 +10,16 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from chiasm.evaluate.figures import COLOURS, SOFT, draw, interval_dots
 from chiasm.evaluate.page import Block, Excerpt, Excerpts, Figure, KeyNumber, Note, Page, Picture, Section, Table
 from chiasm.evaluate.page import picture_source as _source
-from chiasm.evaluate.run_card import RunCard, package_versions
+from chiasm.evaluate.run_card import RunCard, digest_of_rows, package_versions
 from chiasm.evaluate.weak_label_scores import WeakLabelScores
 from chiasm.evaluate.weak_probe import WeakProbeScores
 from chiasm.tasks.weak_labels import WeakLabels
-from chiasm.types import Interval, Sample
+from chiasm.types import Embeddings, Interval, Sample, digest_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,18 +30,39 @@ _CONTEXT = 220
 
 
 def report_card(
-    weak: WeakLabels, samples: Sequence[Sample], settings: Mapping[str, Any], *, seed: int, seconds: float
+    weak: WeakLabels,
+    samples: Sequence[Sample],
+    settings: Mapping[str, Any],
+    *,
+    given: Mapping[str, NDArray[np.float64]] | None = None,
+    images: Embeddings | None = None,
+    seed: int,
+    seconds: float,
 ) -> RunCard:
-    """Return the card of a run on texts: digests of what was read and of what came out."""
+    """Return the card of a run on texts: digests of what was read and of what came out.
+
+    Args:
+        weak: Labels of the reports.
+        samples: The reports.
+        settings: What else can change a number.
+        given: Given labels that they were compared with.
+        images: Rows that a probe was trained on.
+        seed: Of everything drawn.
+        seconds: Wall time.
+    """
     digest = hashlib.sha256()
     for s in samples:
-        digest.update(f"{s.id}\0{s.text or ''}\0".encode())
+        digest.update(f"{s.id}\0{s.group}\0{s.text or ''}\0".encode())
     made = hashlib.sha256(np.nan_to_num(weak.values, nan=-9).tobytes()).hexdigest()
+    truth = {name: np.nan_to_num(column, nan=-9).tolist() for name, column in (given or {}).items()}
+    more = {"given labels": digest_of(truth)} if truth else {}
+    more |= {} if images is None else {"images": digest_of_rows(images)}
+    sizes = {"given labels": sum(map(len, truth.values())), "images": 0 if images is None else len(images)}
     return RunCard(
         command="chiasm weak-labels",
-        data={"reports": digest.hexdigest()[:12], "labels": made[:12]},
-        rows={"reports": len(samples), "labels": weak.values.size},
-        model="none",
+        data={"reports": digest.hexdigest()[:12], "labels": made[:12], **more},
+        rows={"reports": len(samples), "labels": weak.values.size, **{name: sizes[name] for name in more}},
+        model="none" if images is None else str(images.space),
         seed=seed,
         settings=dict(settings),
         seconds=seconds,
@@ -93,7 +115,7 @@ def _key_numbers(
     found = [KeyNumber("reports that name a finding", Interval(named, np.nan, np.nan, n), "stated, denied or doubted")]
     if scores is not None and np.isfinite(scores.macro_f1):
         f1 = Interval(scores.macro_f1, np.nan, np.nan, n)
-        found.append(KeyNumber("F1 against given labels", f1, f"mean over {len(scores.findings)} findings"))
+        found.append(KeyNumber("F1 against given labels", f1, f"mean over {len(scores.averaged)} findings"))
     if probes is not None:
         mean = [float(np.mean([getattr(p, k).value for p in probes.findings.values()])) for k in ("weak", "given")]
         number = Interval(mean[0], np.nan, np.nan, n, 0.5)
@@ -143,7 +165,7 @@ def _agreement(scores: WeakLabelScores) -> Section:
     rows = []
     for name, a in scores.findings.items():
         rows.append((name, f"{a.positives:,} of {a.n:,}", *(_cell(v) for v in (a.precision, a.recall, a.f1)),
-                     f"{a.always:.3f}", _cell(a.kappa)))  # fmt: skip
+                     f"{a.always:.3f}" if a.positives else "–", _cell(a.kappa)))  # fmt: skip
     kinds = []
     for name, k in scores.kinds.items():
         one, zero = k["given 1"], k["given 0"]
@@ -184,7 +206,7 @@ def _probes(probes: WeakProbeScores) -> Section:
             p.weak,
             p.given,
             p.difference,
-            f"{p.p_value:.3f}",
+            f"{p.p_value:.3f}" if np.isfinite(p.p_value) else "–",
         )
         for name, p in probes.findings.items()
     ]

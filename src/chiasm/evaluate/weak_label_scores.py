@@ -42,13 +42,18 @@ class WeakLabelScores:
     @property
     def macro_f1(self) -> float:
         """Mean F1 over findings that have a positive."""
-        known = [a.f1.value for a in self.findings.values() if a.positives and np.isfinite(a.f1.value)]
+        known = [self.findings[name].f1.value for name in self.averaged]
         return float(np.mean(known)) if known else float("nan")
+
+    @property
+    def averaged(self) -> tuple[str, ...]:
+        """Findings that :attr:`macro_f1` is a mean of."""
+        return tuple(n for n, a in self.findings.items() if a.positives and np.isfinite(a.f1.value))
 
     def table(self) -> list[tuple[str, ...]]:
         """Return rows of text for print: finding, positives, precision, recall, F1, F1 of always, kappa."""
         return [
-            (name, f"{a.positives}/{a.n}", *(_cell(v) for v in (a.precision, a.recall, a.f1)), f"{a.always:.3f}", _cell(a.kappa))
+            (name, f"{a.positives}/{a.n}", *(_cell(v) for v in (a.precision, a.recall, a.f1)), f"{a.always:.3f}" if a.positives else "-", _cell(a.kappa))
             for name, a in self.findings.items()
         ]  # fmt: skip
 
@@ -84,8 +89,13 @@ def score_weak_labels(
         seed: Of the bootstrap.
 
     Raises:
-        InputError: No finding has given labels.
+        InputError: No finding has given labels, or a column of another length.
     """
+    if wrong := [name for name, column in truth.items() if len(column) != len(weak.ids)]:
+        raise InputError(
+            f"finding `{wrong[0]}` has {len(truth[wrong[0]])} given labels for {len(weak.ids)} texts",
+            hint="one label a text, NaN where it is not known",
+        )
     values = weak.resolve(uncertain=uncertain, blank=blank)
     found: dict[str, Agreement] = {}
     for k, name in enumerate(weak.findings):
