@@ -262,6 +262,21 @@ def test_survival_without_a_readable_test_image_is_an_error_not_a_crash() -> Non
         assert caught.value.hint == "columns: days, event"
 
 
+def test_survival_never_sees_the_follow_up_of_test_patients() -> None:
+    pytest.importorskip("sksurv")
+    cell, wanted = cell_of(classes()), SurvivalSettings("days", "event")
+    later = tuple(
+        dataclasses.replace(s, labels={"days": 500.0 - 3 * (k // 2), "event": 1}) if k >= TRAIN + VAL else s
+        for k, s in enumerate(cell.data.samples)
+    )
+    turned = dataclasses.replace(cell, data=dataclasses.replace(cell.data, samples=later))
+    before, after = ran("survival", cell, wanted), ran("survival", turned, wanted)
+    assert before.truth.tolist() != after.truth.tolist()
+    np.testing.assert_allclose(before.answers, after.answers)
+    assert before.chosen == after.chosen
+    assert before.notes[0].startswith("fitted on 30 patients with 15 events; tested on 10 events")
+
+
 @pytest.mark.parametrize("kind", ["linear_probe", "prototype", "knn", "few_shot"])
 def test_without_readable_training_images(kind: str) -> None:
     cell = cell_of(classes())
@@ -342,8 +357,7 @@ def test_nearest_rows_by_brute_force(seed: int, n: int, queries: int) -> None:
 
 
 def test_ties_of_neighbours_go_to_the_earlier_row_and_rare_classes_weigh_alike() -> None:
-    rows = np.ones((4, 2))
-    assert _nearest(np.ones((1, 2)), rows, 3).tolist() == [[0, 1, 2]]
+    assert _nearest(np.ones((1, 2)), np.ones((50, 2)), 3).tolist() == [[0, 1, 2]]
     y = np.array([0, 0, 0, 1])
     votes = np.exp(_votes(np.array([[0, 3]]), y, 2)[0]) - 0.5
     np.testing.assert_allclose(votes, [1 / 3 * 2, 1 / 1 * 2])  # one vote of three rows, one of one

@@ -356,3 +356,18 @@ def test_shades_rise_with_the_number(first: float, second: float, chance: float)
     low, high = sorted((first, second))
     assert 0 <= shade_of(low, chance, lower=False) <= shade_of(high, chance, lower=False) <= 1
     assert 0 <= shade_of(high, None, lower=True) <= shade_of(low, None, lower=True) <= 1
+
+
+def test_balanced_accuracy_is_set_against_the_classes_that_occur() -> None:
+    result = scored(np.eye(4)[[0, 1, 0, 1]], np.eye(4)[[0, 1, 1, 2]], mode="single")  # nobody has classes c and d
+    balanced = result.numbers["balanced accuracy"]
+    assert balanced.value.value == pytest.approx((1 / 2 + 1 / 2) / 2)
+    assert (balanced.value.chance, balanced.majority) == (0.5, 0.5)
+    assert result.numbers["accuracy"].value.chance == 0.25
+
+
+def test_groups_stand_largest_first_then_by_name() -> None:
+    truth, answers, _ = random_case(3, n=40)
+    column = ["b"] * 8 + ["a"] * 8 + ["c"] * 20 + [None] * 4
+    found = compare_groups(scored(truth, answers), "x", column, [f"p{k}" for k in range(40)], smallest=30, **QUICK)
+    assert [g.group for g in found] == ["c", "a", "b"]
