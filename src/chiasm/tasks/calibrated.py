@@ -260,18 +260,13 @@ class Calibration:
         steps = np.array([-1e3, -1.0, 0.0, 1.0, 1e3])
         scores = steps[:, None] * np.linspace(1, 2, len(labels))
         names = tuple(f"row {i}" for i in range(len(steps)))
+        rows = ScoredRows(scores, np.full(scores.shape, np.nan), names, names, self.origin)
         with np.errstate(all="ignore"):
-            answers = self.apply(ScoredRows(scores, np.full(scores.shape, np.nan), names, names, self.origin))
-        given = [answers.probabilities[:, k] for k, label in enumerate(labels) if label in self.labels]
-        bounds = [
-            *(p.threshold for p in self.points.values()),
-            *(b for x in self.bands.values() for b in (x.low, x.high)),
-        ]
-        if (
-            not all(((p >= 0) & (p <= 1)).all() for p in given)
-            or not np.isfinite(np.asarray(bounds, dtype=float)).all()
-        ):
+            given = self.probabilities(scores)[:, [label in self.labels for label in labels]]
+        bounds = [p.threshold for p in self.points.values()] + [b for x in self.bands.values() for b in (x.low, x.high)]
+        if not ((given >= 0) & (given <= 1)).all() or not np.isfinite(np.asarray(bounds, dtype=np.float64)).all():
             raise InputError("the calibration is damaged: it gives no probabilities", hint="save it anew")
+        self.apply(rows)
 
 
 def fit_calibration(rows: ScoredRows, plan: CalibrationPlan | None = None) -> Calibration:
