@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import time
 from collections.abc import Sequence
@@ -112,7 +113,7 @@ def run(
     if bool(table) == bool(store):
         raise InputError("give --table or --store, one of the two", hint="`chiasm embed` makes a store of a table")
     if answers not in ("image", "text"):
-        raise InputError(f"--answers must be image or text, got `{answers}`")
+        raise InputError(f"--answers must be image or text, got `{answers}`", hint="--answers image")
     if not all(q.strip() for q in query or ()):
         raise InputError("a query is empty", hint="write what to look for, or leave it out to measure")
     encoder = None
@@ -122,7 +123,9 @@ def run(
     corpus: Corpus
     if store is not None:
         if drop_text:
-            raise InputError("--drop-text is for tables, not for a store")
+            raise InputError(
+                "--drop-text is for tables, not for a store", hint="`chiasm embed --drop-text` makes such a store"
+            )
         corpus = partial(
             open_vectors, store=store, table=None, split=split, group=group, column=column, root=root, encoder=encoder
         )
@@ -158,6 +161,8 @@ class Wanted:
     def settings(self) -> dict[str, Any]:
         """Return what can change a number."""
         kept = {"directions": ", ".join(self.directions), "exclude": self.exclude or "by direction"}
+        if self.probe_rules is not None:
+            kept["probe rules"] = hashlib.sha256(self.probe_rules.read_bytes()).hexdigest()[:12]
         return kept | ({"relevant by": self.relevant_by} if self.relevant_by else {"same": self.same})
 
 

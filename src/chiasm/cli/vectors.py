@@ -75,7 +75,10 @@ def open_vectors(
         )
     assert store is not None
     if column or root:
-        raise InputError("--column and --root are for tables, not for a store")
+        raise InputError(
+            "--column and --root are for tables, not for a store",
+            hint="give them to `chiasm embed`, which made the store",
+        )
     return _stored(store, side, split, group, encoder)
 
 
@@ -162,5 +165,5 @@ def labelled_rows(embeddings: Embeddings, name: str) -> Embeddings:
     column = label_column(embeddings, name)
     rows = np.flatnonzero(is_labelled(column))
     if not len(rows):
-        raise InputError(f"no row has a label in column `{name}`")
+        raise InputError(f"no row has a label in column `{name}`", hint="all of its cells are blank: name another")
     return embeddings if len(rows) == len(embeddings) else embeddings.select(np.asarray(rows))

@@ -131,10 +131,13 @@ def _probes(probes: ProbeScores) -> Section:
         gain, p = found.gain.difference, found.gain.p_value
         reads = np.isfinite(p) and p < 0.05 and gain.value > 0
         verdict = "The image decides in part" if reads else "Nothing shows that the image decides"
+        sure = (
+            f" [{gain.low:+.3f}, {gain.high:+.3f}]" if np.isfinite(gain.low) else " (too few patients for an interval)"
+        )
         notes.append(
             Note(
-                f"{verdict} on {name}: {gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] against the mean image, "
-                f"p = {p:.3f}.",
+                f"{verdict} on {name}: {gain.value:+.3f}{sure} against the mean image"
+                + (f", p = {p:.3f}." if np.isfinite(p) else "."),
                 "plain" if reads else "warning",
             )
         )
