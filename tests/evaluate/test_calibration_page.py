@@ -215,11 +215,17 @@ def test_the_terminal_shows_the_same_numbers(classes: tuple[Calibration, Calibra
     pooled, *labels = summary_rows(scores)
     assert scores.sets is not None
     assert scores.by_sets is not None
-    assert pooled[3] == scores.pooled.after["ece"]
+    assert pooled[2:5] == (
+        f"{scores.pooled.before['ece'].value:.3f}",
+        scores.pooled.after["ece"],
+        scores.pooled.after["brier"],
+    )
     assert pooled[-2:] == (f"{scores.sets.coverage.value:.3f}", f"{scores.by_sets.undecided.value:.3f}")
     assert [row[0] for row in labels] == ["x", "y", "z"]
     for row, found in zip(labels, scores.labels, strict=True):
-        assert row[1] == f"{found.auroc.value:.3f}"
+        errors = found.errors
+        assert row[1:5] == (f"{found.auroc.value:.3f}", f"{errors.before['ece'].value:.3f}", errors.after["ece"],
+                            errors.after["brier"])  # fmt: skip
         assert found.reached is not None
         assert row[5] == found.reached.sensitivity
         assert row[-2:] == ("", "")  # classes share one set

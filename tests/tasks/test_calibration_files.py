@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from chiasm.errors import ChiasmError, InputError, LeakageError, SpaceMismatch
 from chiasm.tasks.calibrated import Calibration, CalibrationPlan, fit_calibration
 from chiasm.tasks.calibration_file import load_calibration, save_calibration
+from chiasm.tasks.domain import DomainReference, fit_domain
 from chiasm.tasks.scored_rows import Origin, ScoredRows, choose_parts, deal_patients
-from chiasm.types import Space
+from chiasm.types import Embeddings, Space
 
 SPACE = Space("tiny", "w1", "p1", 4)
 CLASSES, LABELS = Origin("single", ("x", "y", "z")), Origin("multi", ("a", "b"))
@@ -329,3 +330,84 @@ def test_renaming_patients_and_labels_changes_no_number() -> None:
     ]
     assert Calibration.from_dict(json.loads(json.dumps(b.to_dict()))).labels == ("β & γ", "<b>")
     assert b.apply(other).to_records()[0]["id"] == "é<0>"
+
+
+def cloud(seed: int, patients: int = 40) -> Embeddings:
+    vectors = (np.random.default_rng(seed).normal(size=(patients, 4)) + 3 * np.eye(4)[0]).astype(np.float32)
+    names = tuple(f"secret{seed}-{i}" for i in range(patients))
+    return Embeddings(vectors, names, SPACE, "image", normalized=False)
+
+
+@pytest.fixture(scope="module", params=["mahalanobis", "knn"])
+def domain(request: pytest.FixtureRequest) -> DomainReference:
+    return fit_domain(cloud(0), cloud(1), method=request.param, neighbours=5)
+
+
+def test_a_domain_is_read_back_and_judges_alike(domain: DomainReference, tmp_path: Path) -> None:
+    files = save_calibration(tmp_path / "c.json", Calibration.from_dict(SAVED["labels"]), domain)
+    assert [f.name for f in files] == ["c.json", "c.domain.npz"]
+    read = load_calibration(tmp_path / "c.json").domain
+    assert read is not None
+    new = cloud(2)
+    np.testing.assert_allclose(read.score(new).scores, domain.score(new).scores, rtol=1e-4)
+    assert read.to_dict() == domain.to_dict()
+    assert b"secret" not in files[0].read_bytes() + files[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("method", "magic"), ("method", None), ("threshold", "far"), ("threshold", math.nan), ("space", None),
+     ("space", {}), ("patients", []), ("patients", 3), ("false_alarms", "few"), ("neighbours", None),
+     ("neighbours", math.inf), ("shrinkage", GONE), ("modality", GONE), ("sha256", "0" * 64), ("sha256", GONE)],
+)  # fmt: skip
+def test_a_damaged_domain_is_refused(domain: DomainReference, name: str, value: Any, tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    save_calibration(path, Calibration.from_dict(SAVED["labels"]), domain)
+    made = json.loads(path.read_text())
+    if value is GONE:
+        del made["domain"][name]
+    else:
+        made["domain"][name] = value
+    path.write_text(json.dumps(made))
+    with pytest.raises(ChiasmError) as raised:
+        load_calibration(path)
+    assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mean": np.zeros(3)}, "do not fit 4 dimensions"),
+        ({"mean": np.full(4, np.nan)}, "numbers are none"),
+        ({"basis": np.zeros(4)}, "do not fit 4 dimensions"),
+        ({"validation_scores": np.array([2.0, 1.0]), "validation_weights": np.ones(2)}, "do not rise"),
+        ({"validation_weights": np.ones(3)}, "do not rise"),
+        ({"validation_scores": np.full(40, np.inf)}, "numbers are none"),
+    ],
+)
+def test_arrays_of_a_domain_fit_each_other(domain: DomainReference, change: dict[str, Any], message: str) -> None:
+    arrays = {n: getattr(domain, n) for n in ("mean", "basis", "validation_scores", "validation_weights")}
+    assert DomainReference.from_dict(domain.to_dict(), arrays).threshold == domain.threshold
+    with pytest.raises(InputError, match=message):
+        DomainReference.from_dict(domain.to_dict(), {**arrays, **change})
+
+
+@pytest.mark.parametrize("neighbours", [0, -1, 41])
+def test_neighbours_that_are_not_there(neighbours: int) -> None:
+    made = fit_domain(cloud(0), cloud(1), method="knn", neighbours=40)
+    arrays = {n: getattr(made, n) for n in ("mean", "basis", "validation_scores", "validation_weights")}
+    with pytest.raises(InputError, match="no neighbour"):
+        DomainReference.from_dict({**made.to_dict(), "neighbours": neighbours}, arrays)
+    with pytest.raises(InputError, match="neighbours must be 1 to the 40"):
+        fit_domain(cloud(0), cloud(1), method="knn", neighbours=neighbours)
+
+
+def test_files_of_two_calibrations_are_not_mixed_up(domain: DomainReference, tmp_path: Path) -> None:
+    calibration = Calibration.from_dict(SAVED["labels"])
+    save_calibration(tmp_path / "a.json", calibration, domain)
+    save_calibration(tmp_path / "b.json", calibration, fit_domain(cloud(7), cloud(8)))
+    (tmp_path / "b.domain.npz").replace(tmp_path / "a.domain.npz")
+    with pytest.raises(ChiasmError, match="does not belong"):
+        load_calibration(tmp_path / "a.json")
+    with pytest.raises(ChiasmError, match="is missing beside"):
+        load_calibration(tmp_path / "b.json")

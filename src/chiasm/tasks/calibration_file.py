@@ -117,5 +117,5 @@ def load_calibration(path: str | Path) -> SavedCalibration:
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             found = {name: np.asarray(arrays[name], dtype=np.float64) for name in _ARRAYS}
         return SavedCalibration(calibration, DomainReference.from_dict(described, found))
-    except (KeyError, ValueError, TypeError, zipfile.BadZipFile, OSError) as error:
+    except (KeyError, IndexError, ValueError, TypeError, OverflowError, zipfile.BadZipFile, OSError) as error:
         raise FileFormatError(f"the domain in `{beside.name}` is damaged") from error

@@ -157,6 +157,14 @@ class DomainReference:
         mean, basis = arrays["mean"], arrays["basis"]
         if mean.shape != (space.dim,) or basis.ndim != 2 or space.dim not in basis.shape:
             raise InputError(f"the domain's arrays {mean.shape} and {basis.shape} do not fit {space.dim} dimensions")
+        scores, weights, rows = arrays["validation_scores"], arrays["validation_weights"], len(basis)
+        numbers = np.concatenate([mean, basis.ravel(), scores.ravel(), weights.ravel()])
+        if values["method"] not in METHODS or math.isnan(threshold) or not np.isfinite(numbers).all():
+            raise InputError("the domain is damaged: its method or its numbers are none", hint="save it anew")
+        if scores.ndim != 1 or scores.shape != weights.shape or (np.diff(scores) < 0).any():
+            raise InputError("the domain is damaged: its validation scores do not rise", hint="save it anew")
+        if values["method"] == "knn" and not 1 <= int(values["neighbours"]) <= rows:
+            raise InputError(f"the domain is damaged: it has no neighbour {values['neighbours']}", hint="save it anew")
         patients = values["patients"]
         return cls(values["method"], space, values["modality"], mean, basis, int(values["neighbours"]),
                    arrays["validation_scores"], arrays["validation_weights"], threshold, float(values["false_alarms"]),
