@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from typing import Any
 
 import numpy as np
 import pytest
 
-from chiasm.evaluate.page import Page, render_page
+from chiasm.evaluate.page import Page, Table, render_page
 from chiasm.evaluate.run_card import RunCard, digest_of_rows, make_run_card, package_versions
 from chiasm.types import Embeddings, Space
 
@@ -118,3 +119,57 @@ def test_versions_are_those_of_this_process() -> None:
     found = package_versions()
     assert found["numpy"] == np.__version__
     assert {"chiasm", "python"} <= set(found)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (70_000.0, 80_000.0, False),
+        (70_000.0, 70_000.0, True),
+        (1e30, 2e30, False),
+        (-7e4, 7e4, False),
+        (1e-6, 2e-6, False),
+        (1e-30, 1e-30, True),
+        (70_000.0, 70_000.01, True),
+        (0.5, 0.50001, True),
+        (0.5, 0.51, False),
+        (0.0, 1e-9, False),
+    ],
+)
+def test_numbers_of_any_size_are_in_the_digest(one: float, other: float, same: bool) -> None:
+    """Columns of a table need not lie within float16; no overflow may warn, and none may hide a difference."""
+
+    def digest(value: float) -> str:
+        vectors = np.zeros((3, 4), np.float32)
+        vectors[1, 2] = value
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            return digest_of_rows(rows(vectors=vectors))
+
+    assert (digest(one) == digest(other)) is same
+
+
+def test_missing_numbers_are_part_of_the_digest() -> None:
+    gap = rows().vectors.copy()
+    gap[0, 0] = np.nan
+    assert digest_of_rows(rows(vectors=gap)) == digest_of_rows(rows(vectors=gap.copy()))
+    assert digest_of_rows(rows(vectors=gap)) != digest_of_rows(rows())
+
+
+@pytest.mark.parametrize("hostile", ["<script>alert(1)</script>", "</table><h1>x", "\u202e<b>"])
+def test_hostile_settings_are_text(hostile: str) -> None:
+    one = card(command=hostile, settings={hostile: hostile}, embeddings={hostile: rows()})
+    page = render_page(Page("t", "s", (), (one.section(),)))
+    assert hostile not in page
+    assert "&lt;" in page
+
+
+def test_the_rows_of_the_card_by_hand() -> None:
+    one = RunCard("chiasm x", {"images": "0a"}, {"images": 12345}, "m", 7, "1b", "2c", {"k": 5}, 3.25, {"numpy": "9"})
+    (table,) = one.section().blocks
+    assert isinstance(table, Table)
+    assert table.rows == (
+        ("command", "chiasm x"), ("model", "m"), ("rows of images", "12,345, digest 0a"), ("split", "1b"),
+        ("prompts", "2c"), ("k", 5), ("seed", 7), ("time", "3.2 s"), ("versions", "numpy 9"), ("card", one.digest),
+    )  # fmt: skip
+    assert RunCard("c", {"images": "0a"}, {}, "m", 7).section().blocks[0].rows[2] == ("rows of images", "0, digest 0a")  # type: ignore[union-attr]

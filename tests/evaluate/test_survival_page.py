@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import numpy as np
@@ -112,5 +113,8 @@ def test_other_patients_are_refused(sets):
     other = survival_data(random.normal(size=(240, 1)), range(240), sets["one"].time, sets["one"].event)
     with pytest.raises(InputError, match="same patients"):
         score_survival({"a": sets["one"], "b": other}, lambda data: NoFeatures(), **SETTINGS)
+    turned = dataclasses.replace(sets["one"], event=~sets["one"].event)
+    with pytest.raises(InputError, match="same outcomes"):
+        score_survival({"a": sets["one"], "b": turned}, lambda data: NoFeatures(), **SETTINGS)
     with pytest.raises(InputError, match="no feature set"):
         score_survival({}, lambda data: NoFeatures(), **SETTINGS)

@@ -140,3 +140,12 @@ def test_hostile_input_is_refused(tmp_path, curved):
     (tmp_path / "head.safetensors").write_bytes(b"x" * 40)
     with pytest.raises(FileFormatError):
         NeuralCox.load(tmp_path)
+
+
+def test_a_column_without_any_value_does_no_harm_and_says_nothing(curved, recwarn):
+    x, target = np.random.default_rng(0).normal(size=(60, 2)), survival_target(np.arange(1, 61), np.arange(60) % 2)
+    x[:, 1] = np.nan
+    found = NeuralCox(members=1, epochs=3).fit(x, target).predict(x)
+    alone = NeuralCox(members=1, epochs=3).fit(np.column_stack([x[:, 0], np.zeros(60)]), target).predict(x)
+    np.testing.assert_allclose(found, alone)
+    assert not recwarn.list

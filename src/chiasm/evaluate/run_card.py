@@ -132,7 +132,7 @@ def digest_of_rows(embeddings: Embeddings) -> str:
     vectors = embeddings.vectors
     largest = float(np.abs(vectors[np.isfinite(vectors)]).max(initial=0.0))
     if largest and not 1e-3 < largest < 6e4:  # numbers of a table that float16 cannot hold
-        digest.update(f"{largest:.6e}".encode())
+        digest.update(f"{largest:.3e}".encode())
         vectors = vectors / np.float32(largest)
     digest.update(vectors.astype("<f2").tobytes())
     return digest.hexdigest()[:12]

@@ -221,7 +221,8 @@ def score_survival(
         raise InputError("there is no feature set to score")
     data = next(iter(sets.values()))
     for other in sets.values():
-        if other.patients != data.patients or not np.array_equal(other.time, data.time):
+        same = np.array_equal(other.time, data.time) and np.array_equal(other.event, data.event)
+        if other.patients != data.patients or not same:
             raise InputError("feature sets must be of the same patients with the same outcomes")
     tau = usable_tau(data.time, data.event)
     grid = _grid(data, tau)
