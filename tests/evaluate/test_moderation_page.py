@@ -213,6 +213,8 @@ def test_every_number_stands_on_the_page(scores: ModerationScores, drawn: Any) -
         assert re.search(
             rf"<td>{category.category}</td><td>{category.positives}</td><td>{category.negatives}</td>", text
         )
+        numbers = (category.auroc, category.found, category.left_alone, category.acted, category.wrongly_acted)
+        assert "".join(f"<td>{n}</td>" for n in numbers) in text
     assert str(scores.wanted) in text
     assert "always the commonest: 0.500" in text
     assert f"to review: {scores.reviewed}" in text

@@ -189,10 +189,12 @@ def _shots(text: str) -> tuple[int | None, ...]:
     for word in (w.strip() for w in text.split(",")):
         if word == "all":
             found.append(None)
-        elif word.isdigit() and int(word) > 0:
+        elif word.isdecimal() and len(word) < 10 and int(word) > 0:
             found.append(int(word))
         else:
-            raise InputError(f"--shots must be numbers from 1 and `all`, got `{word}`", hint="--shots 1,2,4,8,16,all")
+            raise InputError(
+                f"--shots must be numbers from 1 and `all`, got `{word[:20]}`", hint="--shots 1,2,4,8,16,all"
+            )
     return tuple(dict.fromkeys(found))
 
 
