@@ -26,7 +26,7 @@ ModelOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps.")]
-SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything drawn at random.")]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of everything drawn at random.")]
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Images or texts per forward pass.")]
 FamilyOption = Annotated[
     str | None,
@@ -90,6 +90,25 @@ def report_error(message: str, hint: str | None) -> None:
     print(f"error: {message}", file=sys.stderr)
     if hint:
         print(f"hint: {hint}", file=sys.stderr)
+
+
+def check_output(path: Path | None) -> Path | None:
+    """Miss a file that cannot be written before the work, not after it; the callback of options that name one."""
+    if path is None:
+        return None
+    folder = path.parent
+    problem = (
+        (f"`{path.name}` is a folder", "name a file in it") if path.is_dir()
+        else (f"there is no folder `{folder.name}` to write `{path.name}` to", "make it first: `mkdir -p FOLDER`")
+        if not folder.is_dir()
+        else (f"you may not write `{path.name}` there", "name another file or folder")
+        if not os.access(path if path.exists() else folder, os.W_OK)
+        else None
+    )  # fmt: skip
+    if problem:
+        report_error(*problem)
+        raise typer.Exit(1)
+    return path
 
 
 def print_json(value: Any) -> None:

@@ -149,6 +149,14 @@ def test_every_test_is_on_the_page_with_both_p_values() -> None:
     )
 
 
+def test_raw_and_corrected_p_values_are_not_mixed_up() -> None:
+    run = made()
+    tests = tuple(dataclasses.replace(t, test=dataclasses.replace(t.test, p_raw=0.011, p=0.044)) for t in run.tests)
+    tables = shown(dataclasses.replace(run, tests=tests))
+    rows = [*tables.with_head("first", "difference"), *tables.with_head("finding", "difference")]
+    assert [(r["p"], r["p, Holm"]) for r in rows] == [("0.011", "0.044")] * 4
+
+
 def test_no_more_findings_are_listed_than_can_be_read() -> None:
     run = made()
     many = tuple(dataclasses.replace(run.tests[1], finding=f"f{k}") for k in range(MOST_TESTS + 5))
@@ -260,6 +268,29 @@ def test_a_number_without_a_value_is_a_dash() -> None:
     assert not re.search(r"\bnan\b", re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL))
     assert shown(run).with_head("data", "task", "model", "value")[0]["value"] == "–"
     json.dumps(run.to_dict(), allow_nan=False)
+
+
+def test_chance_and_majority_stand_in_their_own_columns() -> None:
+    run = made(models=("one",))
+    assert run.cells[0].result is not None
+    numbers = {
+        "auroc": Number(Interval(0.7, 0.6, 0.8, 1234, 0.2), 0.3),
+        "ece": Number(Interval(0.1, math.nan, math.nan, 9), None, "lower"),
+    }
+    result = dataclasses.replace(run.cells[0].result, numbers=numbers)
+    run = dataclasses.replace(run, cells=(dataclasses.replace(run.cells[0], result=result),))
+    rows = shown(run).with_head("measure", "one")
+    assert [list(r.values()) for r in rows] == [
+        ["probe", "AUROC", "0.700 [0.600, 0.800]", "0.200", "0.300", "1234"],
+        ["probe", "calibration error", "0.100", "–", "–", "9"],
+    ]
+    (row,) = shown(run).with_head("data", "task", "model", "value")
+    assert (row["value"], row["chance"], row["majority"], row["n"]) == (
+        "0.700 [0.600, 0.800]",
+        "0.200",
+        "0.300",
+        "1234",
+    )
 
 
 def test_key_numbers_are_those_of_proven_models() -> None:

@@ -239,6 +239,14 @@ def test_digests_know_mode_and_labels(read: Read) -> None:
     assert read(labels=("nodule",), truth="*").digests == plain
     assert read().digests["truth"] != read(labels=("tumour", "normal")).digests["truth"]
     assert read().digests["truth"] != read(mode="multi").digests["truth"]
+    twin = tuple("twin" if name == "sex" else name for name in HEAD)
+    table = [
+        tuple(row[HEAD.index("nodule")] if k == HEAD.index("sex") else cell for k, cell in enumerate(row))
+        for row in TABLE
+    ]
+    named = [read(table, head=twin, labels=(name,), truth="*") for name in ("nodule", "twin")]
+    np.testing.assert_array_equal(named[0].truth, named[1].truth)
+    assert named[0].digests["truth"] != named[1].digests["truth"]  # equal numbers of another finding
 
 
 def samples(*values: Any) -> list[Sample]:
@@ -280,7 +288,8 @@ def test_a_wrong_column_of_people_is_counted_not_shown() -> None:
 
 def test_near_rows_by_hand(read: Read) -> None:
     rows = read()
-    angles = np.deg2rad([0, 90, 180, 270, 1, 45, 180.5, 0])  # r4 is 1 degree from r0, r6 half a degree from r2
+    # r4 is 1 degree from r0 (train), r5 0.9 from r3 (val), r6 half a degree from r2 (train); r7 is in no part
+    angles = np.deg2rad([0, 90, 180, 270, 1, 270.9, 180.5, 0])
     vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
     images = Embeddings(
         7 * vectors,
@@ -290,15 +299,16 @@ def test_near_rows_by_hand(read: Read) -> None:
         normalized=False,
         patients=rows.groups,
     )
-    assert near_rows(rows, images, np.cos(np.deg2rad(1.2))) == 2
+    assert near_rows(rows, images, np.cos(np.deg2rad(1.2))) == 3
+    assert near_rows(rows, images, np.cos(np.deg2rad(0.95))) == 2
     assert near_rows(rows, images, np.cos(np.deg2rad(0.7))) == 1
     assert near_rows(rows, images, 0.99999999) == 0
     own = dataclasses.replace(images, patients=("p4", *rows.groups[1:]))  # r0 and r4 are of one patient
-    assert near_rows(rows, own, np.cos(np.deg2rad(1.2))) == 1
+    assert near_rows(rows, own, np.cos(np.deg2rad(1.2))) == 2
     only = dataclasses.replace(rows, parts=("test",) * 8)
     assert near_rows(only, images, 0.5) is None
     order = np.random.default_rng(0).permutation(8)
-    assert near_rows(rows, images.select(order), np.cos(np.deg2rad(1.2))) == 2
+    assert near_rows(rows, images.select(order), np.cos(np.deg2rad(1.2))) == 3
 
 
 def test_one_table_under_two_names_is_two_data_sets_in_the_report(read: Read, tmp_path: Path) -> None:
