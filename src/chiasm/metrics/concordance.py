@@ -389,7 +389,8 @@ def _pair_statistic(
     def statistic(weights: Floats) -> Floats:
         heavy = weights[:, first]
         if factor is not None:
-            heavy = np.where(heavy == 0, 0.0, heavy * factor(weights))
+            with np.errstate(invalid="ignore"):  # a weight of 0 times one without bound
+                heavy = np.where(heavy == 0, 0.0, heavy * factor(weights))
         return _ratio((heavy * (weights @ right.T)).sum(1), (heavy * (weights @ pairs.T)).sum(1))
 
     return statistic
