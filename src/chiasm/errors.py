@@ -36,6 +36,16 @@ class FileFormatError(ChiasmError):
     """A file is damaged or is not of the format that it should be."""
 
 
+def missing_column(name: str, known: Iterable[str], *, of: str = "the table has") -> InputError:
+    """Return the error for a label column that does not exist: the nearest name, and all that there are."""
+    columns = sorted(known)
+    folded = {other.casefold(): other for other in columns}
+    given = name.casefold()
+    near = difflib.get_close_matches(given, list(folded), n=1, cutoff=0.75) or [c for c in folded if given in c]
+    meant = f"; did you mean `{folded[near[0]]}`?" if near and given else ""
+    return InputError(f"{of} no label column `{name}`{meant}", hint=f"columns: {', '.join(columns) or 'none'}")
+
+
 class UnknownName(ChiasmError, LookupError):
     """A name is not registered; the message suggests the nearest one."""
 

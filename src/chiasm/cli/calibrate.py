@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import typer
 
 from chiasm.cli.inputs import ColumnOption, GroupOption, RootOption, TableOption
-from chiasm.cli.output import BatchOption, DeviceOption, JsonOption, ModelOption, SeedOption, print_json, print_table
+from chiasm.cli.output import (
+    BatchOption,
+    DeviceOption,
+    JsonOption,
+    ModelOption,
+    SeedOption,
+    check_output,
+    print_json,
+    print_table,
+)
 from chiasm.cli.vectors import PageOption, StoreOption
 from chiasm.errors import InputError
 
@@ -63,9 +72,14 @@ ForeignOption = Annotated[
 ]
 DomainMethodOption = Annotated[str, typer.Option("--domain-method", help="mahalanobis or knn.")]
 AlarmsOption = Annotated[float, typer.Option("--false-alarms", help="Share of images of the kind it may turn away.")]
-SaveOption = Annotated[Path | None, typer.Option("--save", help="Write the calibration to this JSON file.")]
+SaveOption = Annotated[
+    Path | None, typer.Option("--save", help="Write the calibration to this JSON file.", callback=check_output)
+]
 ApplyOption = Annotated[Path | None, typer.Option("--apply", help="Use this calibration instead of fitting one.")]
-CsvOption = Annotated[Path | None, typer.Option("--csv", help="With --apply: write every row's answers to this file.")]
+CsvOption = Annotated[
+    Path | None,
+    typer.Option("--csv", help="With --apply: write every row's answers to this file.", callback=check_output),
+]
 ResamplesOption = Annotated[int, typer.Option("--resamples", min=10, help="Of the bootstrap behind each interval.")]
 
 

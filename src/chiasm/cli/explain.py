@@ -20,6 +20,7 @@ from chiasm.cli.output import (
     JsonOption,
     ModelOption,
     SeedOption,
+    check_output,
     make_progress,
     print_json,
     print_table,
@@ -77,9 +78,12 @@ LimitOption = Annotated[
 ]
 ExamplesOption = Annotated[int, typer.Option("--examples", min=0, help="Findings of the table to show on the page.")]
 OutOption = Annotated[
-    Path | None, typer.Option("--out", help="Picture to write; by default IMAGE.heat.png in the present folder.")
+    Path | None,
+    typer.Option(
+        "--out", help="Picture to write; by default IMAGE.heat.png in the present folder.", callback=check_output
+    ),
 ]
-PageOption = Annotated[Path | None, typer.Option("--page", help="Page (HTML) to write.")]
+PageOption = Annotated[Path | None, typer.Option("--page", help="Page (HTML) to write.", callback=check_output)]
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from chiasm.cli.output import (
     JsonOption,
     ModelOption,
     SeedOption,
+    check_output,
     make_progress,
     print_json,
     print_table,
@@ -40,7 +41,10 @@ TruthOption = Annotated[
     str | None, typer.Option("--truth", help="Column of the category; `*`: a 0/1 column a category. Judges the policy.")
 ]
 FitOption = Annotated[
-    Path | None, typer.Option("--fit", help="Fit thresholds on validation patients, write the policy to this file.")
+    Path | None,
+    typer.Option(
+        "--fit", help="Fit thresholds on validation patients, write the policy to this file.", callback=check_output
+    ),
 ]
 SensitivityOption = Annotated[float, typer.Option("--sensitivity", help="With --fit: share of a category to find.")]
 SpecificityOption = Annotated[
@@ -52,8 +56,12 @@ ConservativeOption = Annotated[
 FitPartOption = Annotated[str | None, typer.Option("--fit-split", help="Split to fit on; val by default.")]
 TestPartOption = Annotated[str | None, typer.Option("--test-split", help="Split to judge on; test by default.")]
 ShareOption = Annotated[float, typer.Option("--fit-share", help="Without splits: share of the patients to fit on.")]
-CsvOption = Annotated[Path | None, typer.Option("--csv", help="Write every decision with its deciding evidence.")]
-JsonlOption = Annotated[Path | None, typer.Option("--jsonl", help="Write every decision with all evidence.")]
+CsvOption = Annotated[
+    Path | None, typer.Option("--csv", help="Write every decision with its deciding evidence.", callback=check_output)
+]
+JsonlOption = Annotated[
+    Path | None, typer.Option("--jsonl", help="Write every decision with all evidence.", callback=check_output)
+]
 ExamplesOption = Annotated[
     int, typer.Option("--examples", min=0, help="Pictures of each decision on the page; 0: none.")
 ]

@@ -114,8 +114,7 @@ def run(
         raise InputError("give --table or --store, one of the two", hint="`chiasm embed` makes a store of a table")
     if answers not in ("image", "text"):
         raise InputError(f"--answers must be image or text, got `{answers}`", hint="--answers image")
-    if not all(q.strip() for q in query or ()):
-        raise InputError("a query is empty", hint="write what to look for, or leave it out to measure")
+    _check_queries(query or ())
     encoder = None
     if query or store is None or probes:  # a store can be measured without its model
         encoder = load_encoder(model, device=device, family=family, allow_code=allow_code)
@@ -124,7 +123,7 @@ def run(
     if store is not None:
         if drop_text:
             raise InputError(
-                "--drop-text is for tables, not for a store", hint="`chiasm embed --drop-text` makes such a store"
+                "--drop-text is for tables, not for a store", hint="give the table and --model in place of the store"
             )
         corpus = partial(
             open_vectors, store=store, table=None, split=split, group=group, column=column, root=root, encoder=encoder
@@ -284,6 +283,17 @@ def _embedded(
         return embed_texts(encoder, samples, batch_size=batch_size, rejects=rejects, progress=progress)
 
     return corpus
+
+
+def _check_queries(query: Sequence[str]) -> None:
+    from chiasm.cli.inputs import is_file
+    from chiasm.datasets.folder import IMAGE_SUFFIXES
+
+    if not all(q.strip() for q in query):
+        raise InputError("a query is empty", hint="write what to look for, or leave it out to measure")
+    for name in query:  # a mistyped file must not be searched for as words
+        if Path(name).suffix.lower() in IMAGE_SUFFIXES and not is_file(name):
+            raise InputError(f"image `{Path(name).name}` does not exist", hint="check the path")
 
 
 def _embed_queries(encoder: Encoder, query: Sequence[str]) -> Embeddings:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import numpy as np
 import typer
 
-from chiasm.cli.output import make_progress
-from chiasm.errors import InputError
+from chiasm.cli.output import check_output, make_progress
+from chiasm.errors import InputError, missing_column
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,7 +26,10 @@ StoreOption = Annotated[
     Path | None, typer.Option("--store", help="What `chiasm embed` or clip-retrieval wrote; in place of --table.")
 ]
 LabelOption = Annotated[str, typer.Option("--label", help="Column of the labels.")]
-PageOption = Annotated[Path | None, typer.Option("--out", "-o", help="Page (HTML) to write, with its figures inside.")]
+PageOption = Annotated[
+    Path | None,
+    typer.Option("--out", "-o", help="Page (HTML) to write, with its figures inside.", callback=check_output),
+]
 
 
 def open_vectors(
@@ -149,8 +152,7 @@ def label_column(embeddings: Embeddings, name: str) -> tuple[LabelValue, ...]:
         InputError: There is no such column; the hint names those that exist.
     """
     if name not in embeddings.labels:
-        known = ", ".join(sorted(embeddings.labels))
-        raise InputError(f"there is no label column `{name}`", hint=f"columns: {known or 'none'}")
+        raise missing_column(name, embeddings.labels, of="there is")
     return embeddings.labels[name]
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import typer
 
 from chiasm.cli.inputs import ColumnOption, GroupOption, RootOption, SplitOption, TableOption
-from chiasm.cli.output import JsonOption, ModelOption, SeedOption, print_json, print_table
+from chiasm.cli.output import JsonOption, ModelOption, SeedOption, check_output, print_json, print_table
 from chiasm.cli.vectors import PageOption, StoreOption, open_vectors
 from chiasm.errors import InputError
 
@@ -50,7 +50,8 @@ class _Images:
 
 RulesOption = Annotated[str, typer.Option("--rules", help="Shipped rules (chest_findings), or a .toml or .json file.")]
 WriteOption = Annotated[
-    Path | None, typer.Option("--write-rules", help="Write the shipped rules here, to be edited, and stop.")
+    Path | None,
+    typer.Option("--write-rules", help="Write the shipped rules here, to be edited, and stop.", callback=check_output),
 ]
 SectionsOption = Annotated[
     str, typer.Option("--sections", help="Read only these, where reports have headings: findings,impression.")
@@ -65,7 +66,9 @@ TruthOption = Annotated[
     str | None,
     typer.Option("--truth", help="Compare with a column of terms joined by |, or * for 0/1 columns of the findings."),
 ]
-LabelsOption = Annotated[Path | None, typer.Option("--labels-out", help="Table of labels to write: .csv or .parquet.")]
+LabelsOption = Annotated[
+    Path | None, typer.Option("--labels-out", help="Table of labels to write: .csv or .parquet.", callback=check_output)
+]
 EvidenceOption = Annotated[bool, typer.Option("--evidence", help="Also write where in the text the words stand.")]
 ProbeOption = Annotated[
     bool, typer.Option("--train-probe", help="Train a probe on weak and one on given labels; needs images.")

@@ -17,6 +17,7 @@ from chiasm.cli.output import (
     JsonOption,
     ModelOption,
     SeedOption,
+    check_output,
     make_progress,
     print_json,
     print_table,
@@ -61,7 +62,9 @@ TruthOption = Annotated[
 CalibrationOption = Annotated[
     Path | None, typer.Option("--calibration", help="What `chiasm calibrate --save` wrote, with these prompts.")
 ]
-CsvOption = Annotated[Path | None, typer.Option("--out", help="Write every row's probabilities to this CSV.")]
+CsvOption = Annotated[
+    Path | None, typer.Option("--out", help="Write every row's probabilities to this CSV.", callback=check_output)
+]
 
 #: Images that are printed; `--out` and `--json` give all.
 SHOWN_IMAGES = 20

@@ -97,8 +97,12 @@ def detect_encoding(path: Path) -> str:
             if start.startswith(bom):
                 return name
         if b"\0" in start:
+            picture = start.startswith((b"\x89PNG", b"\xff\xd8\xff", b"II*\0", b"MM\0*")) or start[128:132] == b"DICM"
             raise FileFormatError(
-                f"`{path.name}` is a binary file, not text", hint="if it is UTF-16 without a mark, save it as UTF-8"
+                f"`{path.name}` is {'an image' if picture else 'a binary file, not text'}",
+                hint="a table is asked for: CSV, TSV, JSONL or Parquet with a row an image"
+                if picture
+                else "if it is UTF-16 without a mark, save it as UTF-8",
             )
         for name in ("utf-8", "cp1252"):
             file.seek(0)

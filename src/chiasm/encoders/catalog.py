@@ -83,7 +83,9 @@ class Catalog(Registry[CatalogEntry]):
         yield from map(join_facts, self._items.values())
 
 
-CATALOG = Catalog("model", "chiasm.encoders", hint="`chiasm models` lists them; a path to a file or folder also works")
+CATALOG = Catalog(
+    "model", "chiasm.encoders", hint="`chiasm models` lists them; a path works if a file or folder lies there"
+)
 for _family in FAMILIES:
     for _entry in _family.ENTRIES:
         CATALOG.add(_entry.name, _entry)

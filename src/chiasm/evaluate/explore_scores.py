@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from chiasm.errors import InputError
+from chiasm.errors import InputError, missing_column
 from chiasm.evaluate.explore_map import MapColumn, map_column
 from chiasm.metrics.clustering import ClusterAgreement, cluster_agreement
 from chiasm.progress import Progress
@@ -157,9 +157,7 @@ def _columns(
     known = {name: _values(embeddings, other, name) for name in embeddings.labels}
     for name in colour:
         if name not in known:
-            raise InputError(
-                f"there is no label column `{name}`", hint=f"columns: {', '.join(sorted(known)) or 'none'}"
-            )
+            raise missing_column(name, known, of="there is")
     found: list[MapColumn] = []
     left_out: list[str] = []
     for name in dict.fromkeys(colour or known):

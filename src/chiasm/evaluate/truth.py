@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 
-from chiasm.errors import InputError
+from chiasm.errors import InputError, missing_column
 from chiasm.types import LabelValue, Sample
 
 
@@ -22,7 +22,7 @@ def truth_columns(samples: Sequence[Sample], column: str, labels: Sequence[str])
     wanted = list(labels) if column == "*" else [column]
     for name in wanted:
         if name not in known:
-            raise InputError(f"the table has no label column `{name}`", hint=f"columns: {', '.join(known) or 'none'}")
+            raise missing_column(name, known)
     if column == "*":
         return {label: tuple(s.labels.get(label) for s in samples) for label in labels}
     folded = {label: label.strip().lower() for label in labels}
@@ -33,10 +33,13 @@ def truth_columns(samples: Sequence[Sample], column: str, labels: Sequence[str])
         if name not in stated:
             # Whoever names a wrong column may have named one of people: its values are counted, not shown.
             near = difflib.get_close_matches(name, stated, n=1)
+            flags = stated <= {"0", "1", "0.0", "1.0", "true", "false"}
             raise InputError(
                 f"label `{label}` does not occur in column `{column}`"
                 + (f"; did you mean `{near[0]}`?" if near else f", which holds {len(stated)} different values"),
-                hint="name the labels as the column does; prompts can say it otherwise in a --labels-file",
+                hint='of columns of 0 and 1, one a label, the truth is "*"; without it, one column must hold class names'
+                if flags
+                else "name the labels as the column does; prompts can say it otherwise in a --labels-file",
             )
         truth[label] = tuple(None if parts is None else int(name in [p.strip() for p in parts]) for parts in rows)
     return truth

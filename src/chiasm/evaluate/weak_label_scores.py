@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chiasm.datasets.openi import NO_STATEMENT
-from chiasm.errors import InputError
+from chiasm.errors import InputError, missing_column
 from chiasm.metrics.agreement import Agreement, agreement
 from chiasm.metrics.labels import is_missing
 from chiasm.tasks.weak_labels import Blank, Uncertain, WeakLabels
@@ -143,9 +143,7 @@ def given_labels(
             )
         return found
     if column not in labels:
-        raise InputError(
-            f"the table has no label column `{column}`", hint=f"columns: {', '.join(sorted(labels)) or 'none'}"
-        )
+        raise missing_column(column, labels)
     rows = [None if is_missing(v) else _terms(str(v)) - NO_STATEMENT or None for v in labels[column]]
     known = [f for f in rules.findings if not f.hidden and f.terms]
     found = {

@@ -64,7 +64,10 @@ def _last_stage(visual: nn.Module, pixels: Tensor, directions: Tensor) -> tuple[
     """Return the last feature map and the gradient of the image–text cosine with respect to it."""
     trunk = trunk_of(visual)
     if not isinstance(trunk, ModifiedResNet):
-        raise InputError("class activation maps need the feature map of a `resnet` tower", hint="use `method='auto'`")
+        raise InputError(
+            "class activation maps need the feature map of a `resnet` tower",
+            hint="`auto` takes a method that fits the model",
+        )
     with torch.inference_mode(False):
         with torch.no_grad():
             features = trunk.forward_features(pixels.clone())
@@ -97,7 +100,9 @@ def attention_relevance(visual: nn.Module, pixels: Tensor, directions: Tensor) -
     """
     trunk = trunk_of(visual)
     if not isinstance(trunk, VisionTransformer):
-        raise InputError("weighted attention needs the attention of a `vit` tower", hint="use `method='auto'`")
+        raise InputError(
+            "weighted attention needs the attention of a `vit` tower", hint="`auto` takes a method that fits the model"
+        )
     with torch.inference_mode(False), torch.enable_grad():
         found = trunk.forward_features(pixels.clone().requires_grad_(), return_attention=True)
         target = scores(project(visual, found.pooled), directions.clone()).sum()

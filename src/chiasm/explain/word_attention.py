@@ -110,7 +110,7 @@ def _local_towers(encoder: Encoder) -> tuple[nn.Module, nn.Module]:
     if not has_word_attention(encoder):
         raise InputError(
             f"`{encoder.name}` does not keep image regions and words, which method `gloria` compares",
-            hint="GLoRIA's towers do; for others use `method='auto'`",
+            hint="GLoRIA's towers do; `auto` takes a method that fits the model",
         )
     model: Any = encoder.model
     text = getattr(model.text, "transformer", model.text)

@@ -167,14 +167,18 @@ def draw_episodes(
     if not len(test_rows):
         raise InputError("no test row has a label")
     counts = {}
+    hint = f"{len(classes)} different labels: is it the right column? Rare classes can be left out by blank cells"
     for number, name in enumerate(classes):
         counts[name] = len({patients[i] for i in pool[truth[pool] == number]})
         if not (truth[test_rows] == number).any():
-            raise InputError(f"class {number + 1} of {len(classes)} has no test row", hint="take another test split")
+            raise InputError(
+                f"class {number + 1} of {len(classes)} has no test row",
+                hint="take another test split" if len(classes) < 20 else hint,
+            )
         if counts[name] < 2:
             raise InputError(
                 f"class {number + 1} of {len(classes)} has {counts[name]} patients outside the test set; two are needed",
-                hint="one to learn from and one to choose on",
+                hint="one to learn from and one to choose on" if len(classes) < 20 else hint,
             )
     episodes: list[Episode] = []
     left_out: dict[int, str] = {}
