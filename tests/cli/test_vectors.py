@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -112,3 +113,35 @@ def test_a_store_of_one_side_misses_the_other(table: Path, model_dir: Path, tmp_
     with pytest.raises(InputError, match="holds no texts") as error:
         open_vectors(store=out, table=None, side="text")
     assert "--modality text" in (error.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda s: open_vectors(store=None, table=None), "give --table or --store, one of the two"),
+        (lambda s: open_vectors(store=s, table=s), "give --table or --store, one of the two"),
+        (lambda s: open_vectors(store=s, table=None, column=["id=x"]), "are for tables, not for a store"),
+        (lambda s: open_vectors(store=s, table=None, root=s), "are for tables, not for a store"),
+        (lambda s: open_vectors(store=s, table=None, group="wing"), "there is no label column `wing`"),
+        (lambda s: open_vectors(store=s, table=None, split="winter"), "no row has split `winter`"),
+        (lambda s: label_column(open_vectors(store=s, table=None), "grade"), "there is no label column `grade`"),
+    ],
+)
+def test_every_refusal_has_a_hint_and_no_path(store: Path, call: Callable[[Path], object], message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        call(store)
+    assert caught.value.hint
+    assert str(store.parent) not in str(caught.value)
+
+
+def test_a_column_of_blanks_has_no_labelled_row(store: Path) -> None:
+    found = open_vectors(store=store, table=None)
+    blank = dataclasses.replace(found, labels={"grade": (None,) * len(found)})
+    with pytest.raises(InputError, match="no row has a label in column `grade`") as caught:
+        labelled_rows(blank, "grade")
+    assert caught.value.hint
+    half = dataclasses.replace(found, labels={"grade": tuple(k if k % 2 else None for k in range(len(found)))})
+    kept = labelled_rows(half, "grade")
+    assert kept.ids == found.ids[1::2]
+    full = dataclasses.replace(found, labels={"grade": (0,) * len(found)})
+    assert labelled_rows(full, "grade") is full, "0 is a label"
