@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from sklearn.metrics import balanced_accuracy_score, roc_auc_score
+from sklearn.metrics import balanced_accuracy_score, pairwise_distances, roc_auc_score
 from sklearn.neighbors import NearestCentroid
 from sklearn.preprocessing import StandardScaler
 
@@ -59,7 +59,7 @@ SCORES = FewShotScores(
         point("linear-probe", None, 0.811, chosen={"C": (10.0,) * 3}), point("zero-shot", None, 0.503),
     ),
     (contrast("zero-shot", 1, 0.089, 0.0004), contrast("prototypes", 8, -0.089, 0.021),
-     contrast("zero-shot", 8, -0.22, math.nan), contrast("zero-shot", None, 0.307, 0.31)),
+     contrast("zero-shot", 8, -0.22, math.nan), contrast("zero-shot", None, 0.307, 0.31), contrast("prototypes", 1, 0.021, 0.0052)),
     "linear-probe", 0.25, 0.377, 1234, 617, {"<b>ill</b>": 1011, "well": 22, "x": 33, "y": 44},
     {16: "a class has 11 images in its half of the patients, 16 are needed"},
 )  # fmt: skip
@@ -90,6 +90,7 @@ def test_each_point_stands_in_its_tables(number: int, text: str) -> None:
         ("8", "prototypes", "-0.089", "-0.109 to -0.069", "0.021", "3", "worse"),
         ("8", "zero-shot", "-0.220", "-0.240 to -0.200", "–", "3", "not told apart"),
         ("all", "zero-shot", "+0.307", "+0.287 to +0.327", "0.310", "3", "not told apart"),
+        ("1", "prototypes", "+0.021", "+0.001 to +0.041", "0.005", "3", "better"),
         ("linear-probe", "0.412 [0.381, 0.444]", "0.722 [0.691, 0.754]", "0.811 [0.780, 0.843]"),
         ("prototypes", "0.433 [0.402, 0.465]", "0.633 [0.602, 0.665]", "–"),
         ("1", "4", "4", "1234"),
@@ -165,7 +166,13 @@ def test_the_document_is_whole() -> None:
     ]
     assert document["curves"][0]["chosen"] == {"C": [1.0, 10.0, 10.0]}
     assert document["left_out"] == {"16": SCORES.left_out[16]}
-    assert [c["verdict"] for c in document["contrasts"]] == ["better", "worse", "not told apart", "not told apart"]
+    assert [c["verdict"] for c in document["contrasts"]] == [
+        "better",
+        "worse",
+        "not told apart",
+        "not told apart",
+        "better",
+    ]
     assert document["contrasts"][1]["patients_and_seeds"]["low"] == pytest.approx(-0.109)
     assert document["majority_accuracy"] == 0.377
     assert document["contrasts"][2]["p"] is None
@@ -253,6 +260,8 @@ def test_swapping_the_reference_turns_the_signs_round() -> None:
     assert one is not None
     assert other is not None
     assert (of_a.method, of_b.method) == ("b", "a")
+    means = {p.method: p.balanced_accuracy.value for p in score_few_shot(draws, answers, n_resamples=20).points}
+    assert of_a.difference.value == pytest.approx(means["b"] - means["a"])
     assert of_a.difference.value == pytest.approx(-of_b.difference.value)
     assert (one.low, one.high) == pytest.approx((-other.high, -other.low))
     assert of_a.difference.p == pytest.approx(of_b.difference.p)
@@ -290,7 +299,9 @@ def test_the_floor_is_scikit_learns_nearest_centroid(tmp_path: Path) -> None:
     np.testing.assert_array_equal(
         answer.probabilities.argmax(axis=1), nearest.predict(scaler.transform(numbers[e.test]))
     )
-    np.testing.assert_allclose(answer.probabilities.sum(axis=1), 1)
+    distance = pairwise_distances(scaler.transform(numbers[e.test]), nearest.centroids_)
+    expected = np.exp(-distance) / np.exp(-distance).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(answer.probabilities, expected, atol=1e-9)
 
 
 def test_a_seed_difference_is_used_as_it_is() -> None:

@@ -59,7 +59,7 @@ TABLE = [
 ]
 ROWS = [row for row, _ in TABLE]
 PHOTO = [1, 1, 1, 0, 0, 0, 1, 0]
-SLIDE = [0, 0, 0, 1, 0, 1, 0, 0]
+SLIDE = [0, 0, 0, 1, 0, 1, 0, 1]
 
 
 @pytest.mark.parametrize(("row", "decision"), TABLE)
@@ -76,29 +76,29 @@ def scores() -> ModerationScores:
 
 def test_a_category_is_counted_by_hand(scores: ModerationScores) -> None:
     photo, slide = scores.categories
-    assert (photo.positives, photo.negatives, slide.positives, slide.negatives) == (4, 4, 2, 6)
+    assert (photo.positives, photo.negatives, slide.positives, slide.negatives) == (4, 4, 3, 5)
     assert photo.found.value == 3 / 4  # 0.9, 0.6, 0.5 of four reach 0.3
     assert photo.acted.value == 2 / 4
     assert photo.left_alone.value == 2 / 4  # 0.7 and 0.4 do not
     assert photo.wrongly_acted.value == 1 / 4
     assert slide.found.value == slide.acted.value == 1.0
-    assert slide.left_alone.value == 5 / 6
+    assert slide.left_alone.value == 1.0
     assert photo.auroc.value == pytest.approx(roc_auc_score(PHOTO, [r[0] for r in ROWS]))
     assert photo.auroc.chance == 0.5
-    assert (photo.found.n, photo.left_alone.n, slide.found.n) == (4, 4, 2)
+    assert (photo.found.n, photo.left_alone.n, slide.found.n) == (4, 4, 3)
 
 
 def test_decisions_are_counted_by_hand(scores: ModerationScores) -> None:
-    wanted = ["reject", "reject", "reject", "review", "accept", "review", "reject", "accept"]
+    wanted = ["reject", "reject", "reject", "review", "accept", "review", "reject", "review"]
     given_ = [d for _, d in TABLE]
     table = confusion_matrix(wanted, given_, labels=list(ACTIONS))
     assert scores.confusion == {
         w: dict(zip(ACTIONS, row, strict=True)) for w, row in zip(ACTIONS, table.tolist(), strict=True)
     }
-    # Reviews that nobody asked for (rows 2 and 7) are left out; of the six others row 5 and row 6 are wrong.
-    assert scores.wanted.value == pytest.approx(4 / 6)
-    assert scores.wanted.n == 6
-    assert scores.wanted.chance == pytest.approx(3 / 6)  # always "reject", on the same six
+    # The review that nobody asked for (row 2) is left out; of the seven others row 5 and row 6 are wrong.
+    assert scores.wanted.value == pytest.approx(5 / 7)
+    assert scores.wanted.n == 7
+    assert scores.wanted.chance == pytest.approx(3 / 7)  # always "reject", on the same seven
     assert scores.reviewed.value == pytest.approx(3 / 8)
     assert (scores.n, scores.patients, scores.skipped) == (8, 8, ())
 
@@ -170,8 +170,8 @@ def test_order_and_copies_change_no_share(order: list[int], copies: int) -> None
     ids = tuple(f"i{k}" for k in range(len(rows)))
     result = result_of([ROWS[i] for i in rows], ids=ids, patients=groups)
     found = score_moderation(result, truth_of(truth, rows), n_resamples=10)
-    assert found.wanted.value == pytest.approx(4 / 6)
-    assert found.wanted.chance == pytest.approx(1 / 2)
+    assert found.wanted.value == pytest.approx(5 / 7)
+    assert found.wanted.chance == pytest.approx(3 / 7)
     assert found.categories[0].found.value == pytest.approx(3 / 4)
     assert (found.n, found.patients) == (8 * copies, 8)
 
@@ -216,7 +216,7 @@ def test_every_number_stands_on_the_page(scores: ModerationScores, drawn: Any) -
         numbers = (category.auroc, category.found, category.left_alone, category.acted, category.wrongly_acted)
         assert "".join(f"<td>{n}</td>" for n in numbers) in text
     assert str(scores.wanted) in text
-    assert "always the commonest: 0.500" in text
+    assert "always the commonest: 0.429" in text
     assert f"to review: {scores.reviewed}" in text
     for wanted, row in scores.confusion.items():
         assert f"<td>{wanted}</td>" + "".join(f"<td>{row[a]}</td>" for a in ACTIONS) in text
