@@ -7,7 +7,10 @@ or versions has another name, so nothing stale is ever shown.
 
 from __future__ import annotations
 
+import io
 import json
+import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,9 +87,10 @@ def read_cell(folder: Path, key: str) -> tuple[TaskResult, RunCard] | None:
     path = folder / "cells" / f"{key}.json"
     try:
         values: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        with np.load(path.with_suffix(".npz"), allow_pickle=False) as arrays:
+        stored = io.BytesIO(path.with_suffix(".npz").read_bytes())
+        with np.load(stored, allow_pickle=False) as arrays:
             result = TaskResult.read(values["result"], {k: arrays[k] for k in ("rows", "truth", "answers")})
         card = {k: v for k, v in values["card"].items() if k != "digest"}
         return result, RunCard(**card)
-    except (OSError, ValueError, KeyError, TypeError, EOFError):
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error):
         return None

@@ -85,7 +85,8 @@ def _by_protocol(entry: DataEntry, path: str | None, mode: str) -> SuiteQuestion
 def question_digest(question: SuiteQuestion) -> str:
     """Return a digest that changes with any sentence, their order, the mode or the protocol."""
     name = None if question.protocol is None else question.protocol.name
-    return digest_of([question.prompts.to_dict(), question.mode, name, question.variant], 24)
+    names = list(question.prompts.names)  # a table of sentences has no order of its own
+    return digest_of([names, question.prompts.to_dict(), question.mode, name, question.variant], 24)
 
 
 def ask(question: SuiteQuestion, vectors: ModelVectors) -> Callable[[Embeddings], ZeroShotResult]:
