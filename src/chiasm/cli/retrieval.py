@@ -110,11 +110,7 @@ def run(
     from chiasm.cli.inputs import load_encoder
     from chiasm.io.manifest import RejectLog
 
-    if bool(table) == bool(store):
-        raise InputError("give --table or --store, one of the two", hint="`chiasm embed` makes a store of a table")
-    if answers not in ("image", "text"):
-        raise InputError(f"--answers must be image or text, got `{answers}`", hint="--answers image")
-    _check_queries(query or ())
+    _check_search(table, store, answers, query or ())
     encoder = None
     if query or store is None or probes:  # a store can be measured without its model
         encoder = load_encoder(model, device=device, family=family, allow_code=allow_code)
@@ -285,10 +281,14 @@ def _embedded(
     return corpus
 
 
-def _check_queries(query: Sequence[str]) -> None:
+def _check_search(table: Path | None, store: Path | None, answers: str, query: Sequence[str]) -> None:
     from chiasm.cli.inputs import is_file
     from chiasm.datasets.folder import IMAGE_SUFFIXES
 
+    if bool(table) == bool(store):
+        raise InputError("give --table or --store, one of the two", hint="`chiasm embed` makes a store of a table")
+    if answers not in ("image", "text"):
+        raise InputError(f"--answers must be image or text, got `{answers}`", hint="--answers image")
     if not all(q.strip() for q in query):
         raise InputError("a query is empty", hint="write what to look for, or leave it out to measure")
     for name in query:  # a mistyped file must not be searched for as words
