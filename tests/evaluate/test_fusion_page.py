@@ -208,6 +208,15 @@ def test_the_class_shares_alone_score_chance() -> None:
     assert found.verdict.startswith("Only one modality")
 
 
+def test_a_class_is_decided_beside_its_share() -> None:
+    """One of four rows is of class b: a probability of 0.3 speaks for it, though 0.7 is the larger number."""
+    truth = np.array([0, 0, 0, 1])
+    said = np.array([[0.8, 0.2], [0.8, 0.2], [0.7, 0.3], [0.7, 0.3]])
+    found = score_fusion(run_of(truth, {"image": said}, np.tile([0.75, 0.25], (4, 1))), n_resamples=5)
+    assert found.arms["image"].balanced_accuracy.value == pytest.approx((2 / 3 + 1) / 2)
+    assert found.arms["image"].auroc.value == pytest.approx((1 + 1 + 0.5) / 3)
+
+
 def test_numbers_are_the_same_at_the_same_seed_only() -> None:
     run = drawn(5)
     one, again, other = (score_fusion(run, n_resamples=30, seed=s).to_dict() for s in (1, 1, 2))

@@ -100,7 +100,7 @@ def test_every_number_stands_on_the_page() -> None:
 
 def test_nobody_is_named_unless_asked() -> None:
     page = render_page(make_weak_label_page(weak(), card(), scores=SCORES, probes=PROBES, texts=TEXTS))
-    for word in ("secret", "patient-", "Possible", "Nodule"):
+    for word in ("secret", "patient-", "Possible", "Nodule", "texts of patients"):
         assert word not in page
     asked = render_page(make_weak_label_page(weak(), card(), texts=TEXTS, examples=9))
     assert "Possible" in asked
