@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from chiasm.evaluate.page import render_page
-from chiasm.evaluate.prompts_page import ALIKE, effects_page, search_page, tuning_page
+from chiasm.evaluate.prompts_page import ALIKE, _p, effects_page, search_page, tuning_page
 from chiasm.evaluate.run_card import RunCard
 from chiasm.evaluate.tuning_scores import Arm, TuningScores
 from chiasm.io.manifest import to_json
@@ -286,3 +286,12 @@ def test_classes_have_their_majority_and_one_row_of_arms(dots: dict[str, Any]) -
     assert options["xlabel"] == "balanced accuracy"
     assert dots["losses"][1] == (2,)
     json.dumps(classes.to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("value", "alone", "equal"),
+    [(0.5, "0.500", "= 0.500"), (0.0042, "0.004", "= 0.004"), (0.001, "0.001", "= 0.001"), (0.0009, "< 0.001", "< 0.001"),
+     (0.0, "< 0.001", "< 0.001"), (1.0, "1.000", "= 1.000"), (math.nan, "–", "–")],
+)  # fmt: skip
+def test_p_values_are_never_nought(value: float, alone: str, equal: str) -> None:
+    assert (_p(value), _p(value, equal=True)) == (alone, equal)
