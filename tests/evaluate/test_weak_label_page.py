@@ -116,6 +116,21 @@ def test_as_many_reports_as_were_asked_for(examples: int, shown: int) -> None:
         assert e.marked.lower() in ("effusion", "nodule", "tube")
 
 
+@pytest.mark.parametrize(("before", "after"), [(0, 0), (5, 7), (219, 221), (220, 220), (400, 400)])
+def test_an_excerpt_is_the_words_around_the_finding(before: int, after: int) -> None:
+    text = "x" * (before - 1) + " " * (before > 0) + "effusion" + " " * (after > 0) + "y" * (after - 1)
+    page = make_weak_label_page(weak((text,)), card(), texts=(text,), examples=1)
+    (found,) = (e for s in page.sections for b in s.blocks if isinstance(b, Excerpts) for e in b.rows)
+    assert (len(found.before), found.marked, len(found.after)) == (min(before, 220), "effusion", min(after, 220))
+    assert found.before + found.marked + found.after in text
+
+
+def test_the_word_that_denies_is_quoted() -> None:
+    page = make_weak_label_page(weak(("No  Effusion.",)), card(), texts=("No  Effusion.",), examples=1)
+    (found,) = (e for s in page.sections for b in s.blocks if isinstance(b, Excerpts) for e in b.rows)
+    assert (found.heading, found.picture.alt) == ("effusion: denied by “No”", "denied")
+
+
 def test_hostile_reports_are_text() -> None:
     hostile = (
         "<script>alert(1)</script> effusion <img src=x onerror=y>.",
