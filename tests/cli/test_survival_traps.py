@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from chiasm.cli.survival import _inputs, _Rows
+from chiasm.types import Embeddings, Space
+
 pytest.importorskip("sksurv", reason="the extra `survival` is not installed")
 
 Run = Callable[..., Any]
@@ -99,3 +102,11 @@ def test_large_numbers_of_a_table_are_in_the_card_without_a_warning(chiasm: Run,
     other = tmp_path / "t.csv"
     other.write_text(text.replace(",70000,", ",99000,"), encoding="utf-8")
     assert chiasm("survival", "--table", other, *COMMON, *words)["run_card"]["data"] != digest
+
+
+def test_the_card_counts_the_rows_that_were_kept() -> None:
+    side = Embeddings(np.eye(4, dtype=np.float32), tuple("abcd"), Space("m", "w", "p", 4), "image")
+    rows = _Rows(["b", "d"], ["p", "q"], {"days": [1, 2], "event": [0, 1]}, {"image": side})
+    found = _inputs({"clinical:age": (np.ones((2, 1)), ["age"])}, rows, "days", "event")
+    assert (found["images"].ids, found["clinical:age"].ids) == (("b", "d"), ("b", "d"))
+    assert found["clinical:age"].labels == {"days": (1, 2), "event": (0, 1)}

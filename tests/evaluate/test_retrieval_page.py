@@ -256,6 +256,8 @@ def test_the_same_class_by_hand(exclude: str, expected: list[list[int]]) -> None
         (("x|", "x"), 1),
         (("x|y", None), 0),
         (("|", "|"), 1),
+        ((None, "|"), 0),
+        (("|", None), 0),
     ],
 )
 def test_shared_findings_by_hand(cells: tuple[str, str | None], worth: float) -> None:

@@ -310,6 +310,12 @@ def test_calibration_by_hand() -> None:
     assert [(p.predicted, p.observed.n) for p in same] == [(0.5, 8)]
 
 
+@pytest.mark.parametrize(("events", "points"), [(5, 2), (40, 2), (59, 2), (60, 3), (99, 4), (100, 5), (200, 5)])
+def test_calibration_has_twenty_events_a_point(events: int, points: int) -> None:
+    found = data(list(np.arange(1.0, 201.0)), [1] * events + [0] * (200 - events))
+    assert len(_calibration(found, np.linspace(0.1, 0.9, 200), 50.0)) == points
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10_000))
 def test_calibration_ignores_the_order_of_patients_and_loses_nobody(seed: int) -> None:

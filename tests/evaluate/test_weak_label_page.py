@@ -33,7 +33,7 @@ RULES = LabelRules.from_dict({
     "finding": [
         {"name": "effusion", "phrases": ["effusion"], "terms": ["pleural effusion"]},
         {"name": "mass", "phrases": ["mass", "nodule"], "terms": ["nodule", "mass/lung"]},
-        {"name": "tube", "phrases": ["tube"], "terms": ["catheter"]},
+        {"name": "tube", "phrases": ["tube"], "terms": ["catheter", "thickening/mild"]},
     ],
     "cues": {"negated_before": ["no"], "uncertain_before": ["possible"]},
 })  # fmt: skip
@@ -193,6 +193,7 @@ def test_the_card_names_what_entered() -> None:
         (["Pleural Effusion", "x", None], {"effusion": [1, 0, NAN]}),
         (["effusion;nodule", "NODULE", "x"], {"effusion": [1, 0, 0], "mass": [1, 1, 0]}),
         (["Mass/lung/upper", "Mass/liver", "x"], {"mass": [1, 1, 0]}),
+        (["Thickening/pleura/mild", "Thickening/bronchus", "x"], {"tube": [1, 0, 0]}),
         (["normal", "no finding", "catheter"], {"tube": [0, 0, 1], "nothing": [1, 1, 0]}),
         (["nothing", "", "pleural_effusion"], {"effusion": [0, NAN, 1], "nothing": [1, NAN, 0]}),
     ],
