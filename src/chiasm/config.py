@@ -37,7 +37,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"recipe `{path.name}` cannot be read: {type(error).__name__}") from error
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"recipe `{path.name}` is not valid TOML: {error}") from error
+        raise ConfigError(f"`{path.name}` is not valid TOML: {error}") from error
 
 
 def apply_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
