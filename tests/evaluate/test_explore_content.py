@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from typing import Any
@@ -323,3 +324,38 @@ def test_figures_have_captions_that_say_what_they_show(page: Page) -> None:
     captions = [b.caption for s in page.sections for b in s.blocks if isinstance(b, Figure)]
     assert captions[:2] == ["PCA, coloured by cluster.", "PCA, coloured by organ."]
     assert sum("in each cluster" in c for c in captions) == 2
+
+
+def test_bands_by_hand() -> None:
+    column = map_column("x", [float(k) for k in range(13)])
+    assert column is not None
+    assert column.codes.tolist() == [
+        0,
+        0,
+        1,
+        1,
+        2,
+        2,
+        3,
+        3,
+        4,
+        4,
+        5,
+        5,
+        5,
+    ]  # a number on an edge belongs above, the last below
+    assert column.categories == ("0 to 2", "2 to 4", "4 to 6", "6 to 8", "8 to 10", "10 to 12")
+
+
+def test_each_cluster_has_its_own_largest_patient(found: Exploration) -> None:
+    assert found.clustering is not None
+    shares = dataclasses.replace(found.clustering, largest_patient=(0.1, 0.2, 0.3))
+    (table,) = tables(page_of(dataclasses.replace(found, clustering=shares)), "Clusters")
+    assert [row[table.columns.index("largest patient")] for row in table.rows] == ["10 %", "20 %", "30 %"]
+
+
+def test_the_commonest_label_is_counted_among_labelled_rows() -> None:
+    labels = {"organ": ("a",) * 12 + ("b",) * 8 + (None,) * 40}
+    found = explore(made(labels=labels), clusters=ClusterSettings(k=3, resamples=2, null_draws=1), method="pca")
+    assert found.majority["organ"] == pytest.approx(12 / 20)
+    assert found.agreement["organ"].scores["purity"].n == 20
