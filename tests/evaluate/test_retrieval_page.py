@@ -114,6 +114,7 @@ def test_every_number_of_the_json_stands_on_the_page() -> None:
                   "everything but the query's own patient", "Not measured: text → text (no texts).", "same kind as the",
                   "one answer list for all: 0.222", CARD.digest):  # fmt: skip
         assert words in text, words
+    assert "Keep this page" not in text, "no examples were asked for"
     graded = plain(make_retrieval_page(scores(graded=True), both(rows(np.eye(3))), CARD))
     assert "shares findings with kind of the query" in graded
 
