@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 from collections.abc import Callable
@@ -104,13 +105,19 @@ def test_a_fit_takes_its_patients_from_validation_and_its_numbers_from_test(run:
     assert photo.fitted["specificity"] == 0.95
     assert fitted.to_dict() == found["policy"]
     assert fitted.by_hand == ()
+    rows = [k for k in range(120) if k // 2 % 3 == 2]  # of the test split, and of nothing else
+    score = np.array([found["images"][k]["evidence"][0]["score"] for k in rows])
+    true = np.array([k // 2 % 2 == 0 for k in rows])
+    assert found["scores"]["categories"]["photo"]["auroc"]["value"] == pytest.approx(auroc(true.astype(int), score))
     assert "secret" not in made.read_text()
     assert "file1" not in made.read_text()
     again = run("--json", "--truth", "kind", "--fit", tmp_path / "again.toml", given=policy(review=0.0))
     assert again["scores"] == found["scores"]
     assert (tmp_path / "again.toml").read_text() == made.read_text()
+    assert fitted.space is not None
+    elsewhere = dataclasses.replace(fitted, space=dataclasses.replace(fitted.space, weights="0" * 12))
     # Fitted anew from what was fitted before: the old thresholds leave no trace.
-    third = run("--json", "--truth", "kind", "--fit", tmp_path / "third.toml", given=fitted)
+    third = run("--json", "--truth", "kind", "--fit", tmp_path / "third.toml", given=elsewhere)
     assert third["policy"]["categories"]["photo"]["threshold"] == pytest.approx(photo.threshold)
 
 
