@@ -34,7 +34,7 @@ def images(model_dir: Path) -> Embeddings:
     texts = embed_texts(encoder, ["a photo", "a slide"]).normalize().vectors
     random = np.random.default_rng(0)
     kind = np.repeat(np.arange(60) % 2, 2)
-    vectors = texts[kind] + 0.25 * random.normal(size=(120, texts.shape[1]))
+    vectors = texts[kind] + 0.8 * random.normal(size=(120, texts.shape[1]))
     parts = [("train", "val", "test")[p % 3] for p in range(60) for _ in range(2)]
     return Embeddings(
         vectors.astype(np.float32), tuple(f"file{i}.png" for i in range(120)), encoder.space, "image", normalized=False,
