@@ -143,7 +143,7 @@ def test_refusals(random_tower: Make, as_encoder: Make) -> None:
         explain_batch(encoder, [image], ["a"], batch_size=0)
     assert explain_batch(encoder, [], []) == ()
     assert choose_method(encoder) == "attention"
-    assert set(METHODS) == {"attention", "layer_cam", "grad_cam", "similarity", "biovil", "occlusion"}
+    assert set(METHODS) == {"attention", "layer_cam", "grad_cam", "similarity", "biovil", "occlusion", "combined"}
 
 
 def test_progress_is_told(random_tower: Make, as_encoder: Make) -> None:

@@ -125,8 +125,8 @@ def test_refusals() -> None:
 def test_the_demos_model_points_at_large_findings(tmp_path: Path) -> None:
     """The model of `make demo` where it lies there, else trained here (minutes); method and patients are fixed beforehand.
 
-    A tower that was trained for a minute only does not reach it: .74 by occlusion (docs/lab-notes.md, 2026-11-21). Devices
-    are left out: the box around a thin line is mostly empty.
+    A tower that was trained for a minute only does not reach it (docs/lab-notes.md, 2026-11-21). Devices are left out: the
+    box around a thin line is mostly empty.
     """
     from chiasm.data.phantoms import make_chest_phantoms
     from chiasm.evaluate.demo import RECIPE
@@ -150,7 +150,7 @@ def test_the_demos_model_points_at_large_findings(tmp_path: Path) -> None:
         for name in ("effusion", "pneumothorax", "consolidation", "cardiomegaly", "oedema")
         if any(b.label == name for b in sample.boxes)
     ]
-    found = score_methods(encoder, cases, methods=["layer_cam"], n_resamples=300).of("layer_cam")
+    found = score_methods(encoder, cases, methods=["combined"], n_resamples=300).of("combined")
     assert found.large is not None
     assert found.large.pointing_game.value >= 0.8
     assert found.gain_large is not None

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 #: Endings that an overlay can be written with, and Pillow's names for them.
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
 METHODS_HELP = (
-    "auto, attention (CLIP's ViT), layer_cam or grad_cam (its ResNet), similarity, biovil, occlusion (any tower), gloria "
-    "(its encoder)."
+    "auto, attention (CLIP's ViT), layer_cam or grad_cam (its ResNet), similarity, biovil, occlusion (any tower), combined "
+    "(its own and occlusion), gloria (its encoder)."
 )
 
 

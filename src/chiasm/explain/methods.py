@@ -1,20 +1,21 @@
 """One entry for all heat maps: encoder, image and text in, :class:`~chiasm.explain.heatmap.HeatMap` out.
 
-======================  =====================================  ==========================================
+======================  =====================================  =======================================================
 method                  towers                                 source
-======================  =====================================  ==========================================
+======================  =====================================  =======================================================
 ``attention``           CLIP's ViT                             Chefer, Gur and Wolf 2021
 ``layer_cam``           CLIP's ResNet                          Jiang et al. 2021
 ``grad_cam``            CLIP's ResNet                          Selvaraju et al. 2017
 ``similarity``          all that give patch vectors            Zhou et al. 2022 (MaskCLIP)
 ``biovil``              the same; made for BioViL              Boecking et al. 2022: ``similarity``, blurred
 ``occlusion``           all                                    Zeiler and Fergus 2014
+``combined``            CLIP's ViT and ResNet                  their own map and ``occlusion``, standardised and added
 ``gloria``              those that keep regions and words      Huang et al. 2021: the deciding word
-======================  =====================================  ==========================================
+======================  =====================================  =======================================================
 
 ``auto`` is ``attention`` for CLIP's ViT, ``layer_cam`` for its ResNet, ``occlusion`` for all others. ``similarity`` is fast
 and serves any number of texts in one pass, but after pooling a patch's vector need not speak of what lies there, so it is
-never the automatic choice.
+never the automatic choice. ``combined`` points best at the findings of phantoms, and costs as much as ``occlusion``.
 
 A map shows what the model's score hangs on. It is no finding, and no proof that the model looked at the right thing:
 ``explain.fidelity`` tests a method, ``evaluate.scores.score_pointing`` scores maps against true boxes.
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 from chiasm.encoders.resnet import ModifiedResNet
 from chiasm.encoders.vit import VisionTransformer
 from chiasm.errors import ChiasmError, InputError, UnknownName
+from chiasm.explain.combined import can_combine, combined_maps
 from chiasm.explain.gradients import attention_relevance, grad_cam, layer_cam
 from chiasm.explain.heatmap import HeatMap, model_view
 from chiasm.explain.occlusion import occlusion_maps
@@ -47,7 +49,9 @@ if TYPE_CHECKING:
 
     from chiasm.encoders.base import Encoder
 
-MethodName = Literal["auto", "attention", "layer_cam", "grad_cam", "similarity", "biovil", "occlusion", "gloria"]
+MethodName = Literal[
+    "auto", "attention", "layer_cam", "grad_cam", "similarity", "biovil", "occlusion", "combined", "gloria"
+]
 MapFunction = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 METHODS: dict[str, MapFunction] = {
@@ -57,6 +61,7 @@ METHODS: dict[str, MapFunction] = {
     "similarity": patch_text_maps,
     "biovil": biovil_maps,
     "occlusion": occlusion_maps,
+    "combined": combined_maps,
 }
 
 #: Words that name nothing that could be seen; ``explain_words`` leaves them out.
@@ -129,6 +134,7 @@ def methods_for(encoder: Encoder) -> tuple[str, ...]:
         "similarity": _has_patches(encoder),
         "biovil": _has_patches(encoder),
         "occlusion": True,
+        "combined": can_combine(visual),
         GLORIA: has_word_attention(encoder),
     }
     found = [name for name, can in serves.items() if can]
