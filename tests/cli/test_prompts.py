@@ -89,6 +89,9 @@ def test_tune_saves_prompts_that_know_their_space(
     assert plain["images"][0]["probabilities"] != again
     assert "learned prompts have no template" in chiasm(*zero_shot, "--template", "a {}", code=1)
     assert "What learning is worth" in page.read_text()
+    chiasm("prompts", "tune", *words, "--epochs", 1, "--save", folder)  # its own folder may be written again
+    assert "holds other things" in chiasm("prompts", "tune", *words, "--epochs", 1, "--save", tmp_path, code=1)
+    assert page.exists()
     said = chiasm("prompts", "tune", *words, "--epochs", 1, "--shots", 2, "--vectors", 3)
     assert "images taught" in said
     assert "starting words" not in said

@@ -387,8 +387,7 @@ def _tune(
     from chiasm.evaluate.tuning_scores import score_tuning, take_shots, tuned_classifier
     from chiasm.train.prompt_tuning import nearest_words, save_prompts, tune_prompts
 
-    if save is not None and save.exists() and not save.is_dir():
-        raise InputError(f"--save `{save.name}` is a file; learned prompts are a folder", hint="name another")
+    _check_folder(save)
     train, test = parts
     groups = list(job.images.groups)
     if shots is not None:
@@ -466,3 +465,16 @@ def _list(as_json: bool) -> None:
             ("label", "names"), [(label, ", ".join(n)) for label, n in labels.items()], title=f"synonyms: {kind}"
         )
         print()
+
+
+def _check_folder(save: Path | None) -> None:
+    """Refuse to write learned prompts over a file, or among other things."""
+    from chiasm.checkpoints.native import is_model_dir
+    from chiasm.train.prompt_tuning import FORM
+
+    if save is None or not save.exists():
+        return
+    if not save.is_dir():
+        raise InputError(f"--save `{save.name}` is a file; learned prompts are a folder", hint="name another")
+    if any(save.iterdir()) and not is_model_dir(save, form=FORM):
+        raise InputError(f"--save `{save.name}` holds other things", hint="name a new or empty folder")

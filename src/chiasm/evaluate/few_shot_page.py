@@ -97,7 +97,11 @@ def _details(scores: FewShotScores) -> Section:
     rows = []
     for p in scores.points:
         spread = f"{np.std(p.per_seed, ddof=1):.3f}" if len(p.per_seed) > 1 else "–"
-        over = f"{p.over_seeds.low:.3f} to {p.over_seeds.high:.3f}" if np.isfinite(p.over_seeds.low) else "–"
+        over = (
+            f"{p.over_seeds.low:.3f} to {p.over_seeds.high:.3f}"
+            if np.isfinite(p.over_seeds.low) and p.over_seeds.n > 2
+            else "–"
+        )
         chosen = "; ".join(f"{name} {_summary(v)}" for name, v in p.chosen.items())
         rows.append((shots_name(p.shots), p.method, p.auroc, f"{p.accuracy:.3f}", over, spread, len(p.seeds), chosen))
     columns = ("shots", "method", "AUROC", "accuracy", "t interval", "sd", "seeds", "chosen (times)")
