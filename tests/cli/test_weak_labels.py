@@ -62,7 +62,7 @@ def test_rules_of_ones_own(chiasm: Run, phantom_table: Path, tmp_path: Path) -> 
     ("words", "message"),
     [
         (("--labels-out", "labels.txt"), "must end in .csv or .parquet, got `labels.txt`"),
-        (("--labels-out", "private/labels"), "got `labels`"),
+        (("--labels-out", "private/labels"), "there is no folder `private` to write `labels` to"),
         (("--examples", 2, "--sections", "findings"), "--examples shows whole reports"),
         (("--train-probe",), "needs --truth"),
         (("--truth", "nothing"), "no label column `nothing`"),
