@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from chiasm.errors import FileFormatError, InputError, UnknownName
+from chiasm.errors import ChiasmError, FileFormatError, InputError, UnknownName
 from chiasm.evaluate.score_table import read_score_table
 
 
@@ -120,3 +122,20 @@ def test_a_label_with_two_columns_of_scores_is_refused(tmp_path, labels):
     assert raised.value.hint
     named = read_score_table(path, labels=["logit m", "n"], truth=None)  # by its whole name it is clear
     assert named.rows.scores.tolist() == [[3, 1], [-1, 2]]
+
+
+def test_a_damaged_parquet_is_read_or_refused(tmp_path: Path) -> None:
+    """Metadata that lie about their own parts raise lookups inside the parser, not only its own errors."""
+    good = tmp_path / "good.parquet"
+    pd.DataFrame({"truth": [0, 1], "score a": [0.1, 0.9]}).to_parquet(good)
+    content, draw = good.read_bytes(), random.Random(0)
+    refused = 0
+    for _ in range(300):
+        damaged = bytearray(content)
+        damaged[draw.randrange(len(damaged))] = draw.randrange(256)
+        (tmp_path / "x.parquet").write_bytes(damaged)
+        try:
+            read_score_table(tmp_path / "x.parquet")
+        except ChiasmError:
+            refused += 1
+    assert refused

@@ -50,6 +50,10 @@ class ScoreTable:
     kind: str
 
 
+#: What pandas, pyarrow and json raise on damaged files; lookups and types where metadata lie about their own parts.
+_UNREADABLE = (ValueError, OSError, RecursionError, OverflowError, LookupError, TypeError, AttributeError)
+
+
 def read_score_table(
     path: str | Path,
     *,
@@ -112,6 +116,7 @@ def read_score_table(
 
 def _read(path: Path) -> pd.DataFrame:
     import pandas as pd
+    from pyarrow import ArrowException
 
     if not path.is_file():
         raise InputError(f"table `{path.name}` does not exist", hint="check the path")
@@ -131,7 +136,7 @@ def _read(path: Path) -> pd.DataFrame:
             return pd.DataFrame(records)
     except InputError:
         raise
-    except Exception as error:  # parsers of three formats raise many kinds
+    except (*_UNREADABLE, ArrowException) as error:
         raise FileFormatError(f"table `{path.name}` cannot be read as {kind}: {type(error).__name__}") from error
     raise FileFormatError(f"table `{path.name}` ends in `{kind}`", hint="give .csv, .tsv, .parquet, .json or .jsonl")
 

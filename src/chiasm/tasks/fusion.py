@@ -19,6 +19,7 @@ Means, components, penalties and weights are learned from training rows only, in
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -95,7 +96,7 @@ class BlockScaler:
         return scaled
 
 
-class _FusionClassifier:
+class _FusionClassifier(ABC):
     """What the three have in common: parameters, classes, checks, decisions."""
 
     def __init__(self, *, components: int = 32, penalties: Sequence[float] = PENALTIES, seed: int = 0) -> None:
@@ -155,11 +156,13 @@ class _FusionClassifier:
         chosen: NDArray[np.str_] = self.classes_[np.argmax(self.predict_proba(rows) / self.prior_, axis=1)]
         return chosen
 
+    @abstractmethod
     def _fit(self, rows: Modalities, numbers: Indices, groups: Sequence[str]) -> None:
-        raise NotImplementedError
+        """Learn from rows whose classes are numbers."""
 
+    @abstractmethod
     def _probabilities(self, rows: Modalities) -> Matrix:
-        raise NotImplementedError
+        """Return probabilities of rows with the modalities of training."""
 
 
 class EarlyFusion(_FusionClassifier):
