@@ -20,15 +20,17 @@ fi
 
 # torch first and alone: resolved together with anything else it may become a CUDA build of several gigabytes.
 "${PIP[@]}" -c constraints.txt "$(grep '^torch==' constraints.txt)"
-"${PIP[@]}" -c constraints.txt -e '.[dev,fast]'
+"${PIP[@]}" -c constraints.txt -e '.[dev,fast,export]'
 # What the peers import at run time; they themselves come without dependencies, so that none of them replaces torch.
 "${PIP[@]}" -c constraints.txt ftfy regex tqdm huggingface_hub safetensors packaging pyyaml instant-clip-tokenizer
 # clip-anytorch (the code of openai/CLIP) reads pkg_resources.packaging, which newer setuptools dropped.
 "${PIP[@]}" --no-deps setuptools==69.5.1 torchvision==0.28.0 timm==1.0.31 open_clip_torch==3.3.0 clip-anytorch==2.6.0
 # GLoRIA's preprocessing resizes by OpenCV.
 "${PIP[@]}" --no-deps opencv-python-headless==5.0.0.93
-# The usual exact search, for benchmarks/pairing.py.
-"${PIP[@]}" -c constraints.txt --no-deps faiss-cpu
+# The usual exact searches, for benchmarks/search.py and pairing.py.
+"${PIP[@]}" -c constraints.txt --no-deps faiss-cpu usearch numkong
+# A rival engine of the image towers' benchmark.
+"${PIP[@]}" -c constraints.txt --no-deps openvino openvino-telemetry
 # BioViL's own code; what it needs to read DICOM and NIfTI files is left out.
 "${PIP[@]}" --no-deps hi-ml-multimodal==0.2.2
 
