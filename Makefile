@@ -53,10 +53,9 @@ golden: peers
 	.venv/bin/python tests/golden/make_gloria.py
 	.venv/bin/python tests/golden/make_chexzero.py
 
-bench: setup
-	$(BIN)/python benchmarks/loss.py
-	$(BIN)/python benchmarks/cold_start.py
-	$(BIN)/python benchmarks/pairing.py
+# Every row of the speed table beside its peer, about half an hour on a quiet machine; see benchmarks/README.md.
+bench: peers
+	.venv-peers/bin/python benchmarks/all.py
 
 clean:
 	rm -rf $(VENV) .venv-peers demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

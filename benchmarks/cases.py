@@ -35,6 +35,22 @@ FLOORS: Mapping[str, float] = {
     "search_batch": 8.0, "search_single": 5.0,
     "embed_folder": 2.2,
 }  # fmt: skip
+#: Script -> the rows that it measures, in the order in which ``all.py`` runs them.
+SCRIPTS: Mapping[str, tuple[str, ...]] = {
+    "tokenizer": ("tokenizer_prompts", "tokenizer_varied"),
+    "cold_start": ("cold_start",),
+    "image_tower": tuple(name for name in FLOORS if name.startswith("image_")),
+    "resnet": ("rn50_bf16_b8",),
+    "text_tower": tuple(name for name in FLOORS if name.startswith("text_")),
+    "bert": ("bert_text",),
+    "preprocess": ("preprocess_jpeg", "preprocess_cxr"),
+    "loss": ("loss_4k", "loss_8k", "loss_memory_16k"),
+    "train_step": ("train_fp32", "train_bf16"),
+    "search": ("search_batch", "search_single"),
+    "embed_folder": ("embed_folder",),
+}
+#: What every kept line says.
+KEYS = ("name", "ratio_wall", "ratio_cpu", "floor", "peer", "peer_version", "n", "error", "machine")
 
 
 @dataclass(frozen=True)

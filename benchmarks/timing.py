@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+#: What keeps idle threads from spinning.
+PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
 
 
@@ -30,8 +32,7 @@ def wait_passively() -> None:
     """Keep idle threads from spinning, which would count as CPU time. Call before torch is imported."""
     if "torch" in sys.modules:
         raise RuntimeError("wait_passively() must run before torch is imported")
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    os.environ["GOMP_SPINCOUNT"] = "0"
+    os.environ.update(PASSIVE)
 
 
 @dataclass
