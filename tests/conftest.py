@@ -1,4 +1,4 @@
-"""For all tests: no network and an empty cache, whoever starts them."""
+"""For all tests: no network, an empty cache and one precision, whoever starts them and wherever."""
 
 from __future__ import annotations
 
@@ -8,5 +8,6 @@ import shutil
 import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is first imported
+os.environ["CHIASM_PRECISION"] = "fp32"  # what `auto` means: the same on every machine
 os.environ["CHIASM_HOME"] = tempfile.mkdtemp(prefix="chiasm-tests-")  # the doctor records vectors there
 atexit.register(shutil.rmtree, os.environ["CHIASM_HOME"], ignore_errors=True)

@@ -67,6 +67,7 @@ def load(
     pretrained: str | Path | None = None,
     family: str | None = None,
     activation: str | None = None,
+    precision: str = "fp32",
 ) -> Encoder:
     """Load an encoder with its preprocessing, tokenizer and scale.
 
@@ -84,15 +85,17 @@ def load(
         activation: ``quick_gelu``, ``gelu`` or ``gelu_tanh``: what the native towers were trained with, in place of
             what the file or folder states. For fine-tunes of OpenAI's weights whose configuration forgot
             ``quick_gelu``; the log and ``chiasm doctor --model`` tell which activation is used.
+        precision: Arithmetic of the encoder's vectors: ``fp32``, ``bf16`` (mixed), ``int8`` or ``auto`` (the fastest of
+            the first two on this machine); see ``encoders.precision``. The weights stay float32.
 
     Returns:
-        The encoder, in eval mode, in float32.
+        The encoder, in eval mode, its weights in float32.
 
     Raises:
         UnknownName: No model of that name, or no such family.
         InputError: This machine has no such device; an ensemble of different models, or of one twice.
         CheckpointError: Weights absent, foreign, damaged, or not those of the model; nothing in a file is run.
-        ConfigError: A tower is code and ``allow_code`` is false, or an unknown ``activation``.
+        ConfigError: A tower is code and ``allow_code`` is false, or an unknown ``activation`` or ``precision``.
     """
     if activation is not None and family is None:
         first = name_or_path if isinstance(name_or_path, (str, Path)) else next(iter(name_or_path), "")
@@ -106,7 +109,7 @@ def load(
         source = replace(source, config=with_activation(source.config, activation))
     _log.info("`%s`: %s", source.name, activations_of(source.config))
     model = filled_model(source.config, source.tensors, allow_code=allow_code)
-    return Encoder(model.to(place), source.config, name=source.name)
+    return Encoder(model.to(place), source.config, name=source.name, precision=precision)
 
 
 def _family_of(name_or_path: str | Path, activation: str) -> str | None:

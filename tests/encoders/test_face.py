@@ -56,7 +56,7 @@ def test_encode_image_and_text_are_the_models_own(encoder: Encoder) -> None:
     pixels = torch.stack([encoder.preprocess(picture(i)) for i in range(3)])
     with torch.inference_mode():
         expected = encoder.model.encode_image(pixels)
-    assert torch.equal(encoder.encode_image(pixels), expected)
+    torch.testing.assert_close(encoder.encode_image(pixels), expected, rtol=1e-5, atol=1e-5)  # packed weights
     torch.testing.assert_close(encoder.encode_image(pixels[0])[0], expected[0], rtol=1e-5, atol=1e-5)
     tokens = encoder.tokenizer.encode(TEXTS)
     by_text = encoder.encode_text(TEXTS)

@@ -210,8 +210,13 @@ def read_prompts(labels: str | None, labels_file: Path | None, *, pairs: bool, t
     return parse_prompts(labels or "", templates=template, pairs=pairs)
 
 
-def load_encoder(model: str, *, device: str, family: str | None, allow_code: bool) -> Encoder:
-    """Load the encoder that ``--model`` names; what is absent is missed before torch is imported."""
+def load_encoder(
+    model: str, *, device: str, family: str | None, allow_code: bool, precision: str = "auto"
+) -> Encoder:
+    """Load the encoder that ``--model`` names, by default in the precision that this machine runs fast.
+
+    What is absent is missed before torch is imported.
+    """
     from chiasm.fetch import prepare
 
     if not model:
@@ -219,7 +224,7 @@ def load_encoder(model: str, *, device: str, family: str | None, allow_code: boo
     prepare(model)
     from chiasm.load import load
 
-    return load(members_of(model), device=device, family=family, allow_code=allow_code)
+    return load(members_of(model), device=device, family=family, allow_code=allow_code, precision=precision)
 
 
 def members_of(model: str) -> str | list[Path]:

@@ -26,6 +26,10 @@ ModelOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps.")]
+PrecisionOption = Annotated[
+    str,
+    typer.Option("--precision", help="auto (what is fast here), fp32, bf16 (mixed) or int8 (checked on your images)."),
+]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of everything drawn at random.")]
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Images or texts per forward pass.")]
 FamilyOption = Annotated[

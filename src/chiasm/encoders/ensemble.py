@@ -51,31 +51,31 @@ class EnsembleModel(DualEncoder):
         It is right for the mean cosine only as far as the members agree; the published protocols of ensembles do not
         use it.
         """
-        scales = [m.logit_scale.exp() for m in self._models() if m.logit_scale is not None]
+        scales = [m.logit_scale.exp() for m in self.models() if m.logit_scale is not None]
         return torch.stack(scales).mean().log() if scales else None
 
     @property
     def logit_bias(self) -> Tensor | None:  # type: ignore[override]
         """Mean of the members' biases; None where they have none."""
-        biases: list[Tensor] = [m.logit_bias for m in self._models() if m.logit_bias is not None]
+        biases: list[Tensor] = [m.logit_bias for m in self.models() if m.logit_bias is not None]
         return torch.stack(biases).mean() if biases else None
 
     @property
     def stored_config(self) -> EncoderConfig:
         """The declaration to save beside the weights; see :class:`DualEncoder`."""
-        return dataclasses.replace(self._models()[0].stored_config, members=len(self.members))
+        return dataclasses.replace(self.models()[0].stored_config, members=len(self.members))
 
     def encode_image(self, images: Tensor, normalize: bool = False, *, prior: Tensor | None = None) -> Tensor:
         """Return (batch, members · dim) of unit norm, whatever ``normalize`` says."""
-        return _side_by_side([m.encode_image(images, prior=prior) for m in self._models()])
+        return side_by_side([m.encode_image(images, prior=prior) for m in self.models()])
 
     def encode_text(self, ids: Tensor, lengths: Tensor | None = None, normalize: bool = False) -> Tensor:
         """Return (batch, members · dim) of unit norm, whatever ``normalize`` says."""
-        return _side_by_side([m.encode_text(ids, lengths) for m in self._models()])
+        return side_by_side([m.encode_text(ids, lengths) for m in self.models()])
 
     def patch_features(self, images: Tensor, normalize: bool = True, mode: PatchMode = "auto") -> Tensor:
         """Return (batch, rows, columns, members · dim), each of unit norm, whatever ``normalize`` says."""
-        return _side_by_side([m.patch_features(images, mode=mode) for m in self._models()])
+        return side_by_side([m.patch_features(images, mode=mode) for m in self.models()])
 
     def forward(self, images: Tensor, ids: Tensor, lengths: Tensor | None = None) -> dict[str, Tensor]:
         """Refuse: an ensemble is not trained as one."""
@@ -83,13 +83,13 @@ class EnsembleModel(DualEncoder):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """See :meth:`DualEncoder.set_grad_checkpointing`."""
-        for member in self._models():
+        for member in self.models():
             member.set_grad_checkpointing(enable)
 
     def train(self, mode: bool = True) -> Self:
         """Switch the mode of every member."""
         self.training = self.members.training = mode
-        for member in self._models():
+        for member in self.models():
             member.train(mode)
         return self
 
@@ -97,7 +97,8 @@ class EnsembleModel(DualEncoder):
         """Refuse: there are several."""
         raise InputError("an ensemble has no single image tower", hint="load one of its members to look inside")
 
-    def _models(self) -> list[DualEncoder]:
+    def models(self) -> list[DualEncoder]:
+        """Return the members."""
         return [m for m in self.members if isinstance(m, DualEncoder)]
 
 
@@ -126,5 +127,6 @@ def join_members(
     return f"{shared}-x{len(parts)}", dataclasses.replace(config, members=len(parts)), joined
 
 
-def _side_by_side(vectors: Sequence[Tensor]) -> Tensor:
+def side_by_side(vectors: Sequence[Tensor]) -> Tensor:
+    """Return the members' vectors, each (batch, dim), as one of unit norm: (batch, members · dim)."""
     return torch.cat([F.normalize(v, dim=-1) for v in vectors], dim=-1) / math.sqrt(len(vectors))

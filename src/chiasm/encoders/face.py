@@ -11,6 +11,7 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from chiasm.data.tokens import Tokens
     from chiasm.encoders.base import EncoderConfig
     from chiasm.encoders.dual import DualEncoder
+    from chiasm.encoders.inference.engine import Engine
+    from chiasm.encoders.precision import Precision
 
     Item = str | Path | Image
 
@@ -45,6 +48,12 @@ def weights_digest(state_dict: Mapping[str, Tensor]) -> str:
     return sha.hexdigest()[:16]
 
 
+def weights_key(model: torch.nn.Module) -> tuple[tuple[int, int], ...]:
+    """Return what changes when any weight is replaced or changed in place: addresses and version counters."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+
+
 class Encoder:
     """An image tower and a text tower that share a space, with their preprocessing, tokenizer and scale.
 
@@ -53,9 +62,11 @@ class Encoder:
         config: What the model was built from.
         name: Name of the encoder; part of its space.
         tokenizer: None: made from ``config.tokenizer``.
+        precision: Arithmetic of :meth:`encode_image`, :meth:`encode_text` and :meth:`encode`: ``fp32``, ``bf16``
+            (mixed), ``int8`` or ``auto`` (``encoders.precision``). Whoever uses ``model`` itself gets float32.
 
     Raises:
-        ConfigError: A tokenizer with more ids or a longer context than the text tower has.
+        ConfigError: A tokenizer with more ids or a longer context than the text tower has; an unknown precision.
 
     Attributes:
         model: The underlying ``nn.Module``.
@@ -64,7 +75,13 @@ class Encoder:
     """
 
     def __init__(
-        self, model: DualEncoder, config: EncoderConfig, *, name: str, tokenizer: Tokenizer | None = None
+        self,
+        model: DualEncoder,
+        config: EncoderConfig,
+        *,
+        name: str,
+        tokenizer: Tokenizer | None = None,
+        precision: str = "fp32",
     ) -> None:
         self.model = model.eval()
         self.config = config
@@ -73,6 +90,13 @@ class Encoder:
         self._vocabulary_read = False
         self._preprocess: Callable[[Image], Tensor] | None = None
         self._digest: tuple[object, str] | None = None
+        self._wanted = precision
+        self._precision: Precision | None = "fp32" if precision == "fp32" else None
+        self._engine: tuple[object, Engine] | None = None
+        self._engine_lock = Lock()
+        self._calls = 0
+        if precision not in ("fp32", "auto"):
+            self.precision  # noqa: B018  an unknown one is told now
 
     def __repr__(self) -> str:
         return f"Encoder({self.name!r}, dim={self.dim}, device={str(self.device)!r})"
@@ -142,15 +166,38 @@ class Encoder:
     @property
     def space(self) -> Space:
         """Identity of the embedding space; it changes when any weight changes, also in place."""
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        key = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+        key = weights_key(self.model)
         if self._digest is None or self._digest[0] != key:
             self._digest = (key, weights_digest(self.model.state_dict()))
         return Space(self.name, self._digest[1], self.config.preprocess.digest, self.dim)
 
+    @property
+    def precision(self) -> Precision:
+        """The arithmetic in use: ``fp32``, ``bf16`` or ``int8``."""
+        if self._precision is None:
+            from chiasm.encoders.precision import resolve_precision
+
+            self._precision = resolve_precision(self._wanted, self.device)
+        return self._precision
+
+    def with_precision(self, precision: str) -> Encoder:
+        """Return an encoder of the same weights (shared, not copied) that computes in another precision."""
+        other = Encoder(self.model, self.config, name=self.name, tokenizer=self._tokenizer, precision=precision)
+        other._preprocess, other._digest, other._vocabulary_read = (
+            self._preprocess, self._digest, self._vocabulary_read,
+        )  # fmt: skip
+        return other
+
+    def prepare(self) -> Self:
+        """Lay out the weights for speed now, not at the second call; return self."""
+        self._fast_form(eager_first=False)
+        return self
+
     def to(self, device: str | torch.device) -> Self:
-        """Move the weights and return self."""
+        """Move the weights and return self; ``auto`` precision is decided anew."""
         self.model.to(device)
+        self._engine = None
+        self._precision = "fp32" if self._wanted == "fp32" else None
         return self
 
     def encode_image(self, pixels: Tensor, normalize: bool = False, *, prior: Tensor | None = None) -> Tensor:
@@ -167,7 +214,9 @@ class Encoder:
         pixels = self._pixels(pixels)
         before = None if prior is None else self._pixels(prior)
         with torch.inference_mode():
-            return self._eval().encode_image(pixels, normalize=normalize, prior=before)
+            if before is not None:
+                return self._eval().encode_image(pixels, normalize=normalize, prior=before)
+            return self._fast_form(eager_first=len(pixels) == 1).encode_image(pixels, normalize=normalize)
 
     def encode_text(self, tokens: Tensor | Tokens | str | Sequence[str], normalize: bool = False) -> Tensor:
         """Return the embeddings of texts, given as strings, as :class:`Tokens` or as token ids.
@@ -186,7 +235,8 @@ class Encoder:
         with torch.inference_mode():
             if len(ids) == 0:
                 return torch.zeros(0, self.dim, device=self.device)
-            return self._eval().encode_text(ids.to(self.device), lengths, normalize=normalize)
+            form = self._fast_form(eager_first=len(ids) == 1)
+            return form.encode_text(ids.to(self.device), lengths, normalize=normalize)
 
     def patch_features(self, pixels: Tensor, normalize: bool = True) -> Tensor:
         """Return one vector of the joint space for every patch, for heat maps: (batch, rows, columns, dim).
@@ -265,6 +315,25 @@ class Encoder:
                 check_same_space(side, Embeddings(np.zeros((0, self.dim), np.float32), (), self.space, side.modality))
         return _unit_rows(a) @ _unit_rows(b).T
 
+    def _fast_form(self, *, eager_first: bool) -> DualEncoder | Engine:
+        """Return what encodes: the model itself, or its fast form, made anew when weights have changed.
+
+        Args:
+            eager_first: Whether the very first call may go to the model itself, so that whoever asks one question does
+                not wait until all weights are laid out anew (in fp32, where both agree to the last few bits).
+        """
+        model = self._eval()
+        with self._engine_lock:
+            self._calls += 1
+            if eager_first and self._calls == 1 and self.precision == "fp32":
+                return model
+            key = weights_key(model)
+            if self._engine is None or self._engine[0] != key:
+                from chiasm.encoders.inference.engine import Engine
+
+                self._engine = (key, Engine(model, self.precision))
+            return self._engine[1]
+
     def _eval(self) -> DualEncoder:
         if self.model.training:
             self.model.eval()
@@ -308,7 +377,8 @@ class Encoder:
                     part = order[start : start + batch_size]
                     with torch.inference_mode():
                         ids = tokens.ids[part].to(self.device)
-                        found = self._eval().encode_text(ids, tokens.lengths[part], normalize=normalize)
+                        form = self._fast_form(eager_first=len(items) == 1)
+                        found = form.encode_text(ids, tokens.lengths[part], normalize=normalize)
                     vectors[[text_rows[int(i)] for i in part]] = found.to(vectors.dtype)
                     progress.advance(len(part))
             for start in range(0, len(image_rows), batch_size):

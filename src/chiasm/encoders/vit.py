@@ -137,7 +137,7 @@ class VisionTransformer(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """Return the embeddings (batch, output_dim), not normalised."""
         last: Literal["first", "all"] = "first" if self.pool == "cls" else "all"
-        return self._pooled(self.transformer(self._embed(pixels), last=last))
+        return self.pooled(self.transformer(self._embed(pixels), last=last))
 
     def forward_features(self, pixels: Tensor, return_attention: bool = False) -> ViTFeatures:
         """Return the embeddings with all tokens and, on request, every block's attention weights.
@@ -150,7 +150,7 @@ class VisionTransformer(nn.Module):
             tokens, attentions = self.transformer.attend(x)
         else:
             tokens, attentions = self.transformer(x), ()
-        return ViTFeatures(self._pooled(tokens), tokens, attentions)
+        return ViTFeatures(self.pooled(tokens), tokens, attentions)
 
     def patch_features(self, pixels: Tensor, mode: PatchMode = "auto") -> Tensor:
         """Return one vector of the joint space for every patch, not normalised: (batch, rows, columns, output_dim).
@@ -172,7 +172,7 @@ class VisionTransformer(nn.Module):
         x = self.ln_post(x)
         if self.map_pool is not None:
             x = self.map_pool.values(x)
-        return self._project(x).reshape(x.shape[0], self.grid, self.grid, self.output_dim)
+        return self.project(x).reshape(x.shape[0], self.grid, self.grid, self.output_dim)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """See :meth:`Transformer.set_grad_checkpointing`."""
@@ -211,6 +211,10 @@ class VisionTransformer(nn.Module):
             x = F.linear(patches, self.conv1.weight.flatten(1), self.conv1.bias)
         else:  # adapted: its weights alone are not what it does
             x = self.conv1(pixels).flatten(2).transpose(1, 2)
+        return self.with_positions(x)
+
+    def with_positions(self, x: Tensor) -> Tensor:
+        """Return the tokens that enter the first block, for embedded patches (batch, patches, width)."""
         if self.class_embedding is not None:
             x = torch.cat([self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
         x = x + self.positional_embedding
@@ -221,16 +225,18 @@ class VisionTransformer(nn.Module):
         embedded: Tensor = self.ln_pre(x)
         return embedded
 
-    def _pooled(self, tokens: Tensor) -> Tensor:
+    def pooled(self, tokens: Tensor) -> Tensor:
+        """Return the embeddings (batch, output_dim) for all tokens behind the last block."""
         if self.attn_pool is not None:
-            return self._project(self.ln_post(self.attn_pool(tokens))[:, 0])
+            return self.project(self.ln_post(self.attn_pool(tokens))[:, 0])
         if self.map_pool is not None:
-            return self._project(self.map_pool(self.ln_post(tokens[:, self.first_patch :])))
+            return self.project(self.map_pool(self.ln_post(tokens[:, self.first_patch :])))
         if self.pool == "cls":
-            return self._project(self.ln_post(tokens[:, 0]))
-        return self._project(self.ln_post(tokens[:, self.first_patch :]).mean(1))
+            return self.project(self.ln_post(tokens[:, 0]))
+        return self.project(self.ln_post(tokens[:, self.first_patch :]).mean(1))
 
-    def _project(self, x: Tensor) -> Tensor:
+    def project(self, x: Tensor) -> Tensor:
+        """Bring vectors of the tower's width, behind ``ln_post``, into the joint space; as they are without ``proj``."""
         return x if self.proj is None else x @ self.proj
 
 

@@ -1,0 +1,114 @@
+"""An encoder's two towers as they run for inference: which fast form each of them takes, and when it is made anew.
+
+In: a model and a precision. Out: :class:`Engine`, with the model's own signatures. A tower that has no fast form (a
+foreign one, an adapted one, half-precision weights) runs as the model does, and says why. Nothing here is ever saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from chiasm.encoders.dual import DualEncoder, ProjectedTextTower
+from chiasm.encoders.ensemble import EnsembleModel, side_by_side
+from chiasm.encoders.image_side import ProjectedImageTower
+from chiasm.encoders.inference.packed import NotPackable, require_plain
+from chiasm.encoders.precision import Precision
+from chiasm.encoders.vit import VisionTransformer
+
+T = TypeVar("T")
+ImageForm = Callable[[Tensor], Tensor]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class TextForm(Protocol):
+    """Token ids (batch, tokens) and, where known, lengths -> embeddings (batch, dim), float32."""
+
+    def __call__(self, ids: Tensor, lengths: Tensor | None) -> Tensor:
+        """Embed a batch."""
+        ...
+
+
+class Engine:
+    """A model's fast forms.
+
+    Args:
+        model: On the CPU, in eval mode; its weights are copied where packing needs it.
+        precision: ``fp32`` or ``bf16``; with ``int8`` the text side runs in bf16's stead in fp32.
+
+    Attributes:
+        plain: Side -> why it has no fast form; empty when both have one.
+    """
+
+    def __init__(self, model: DualEncoder, precision: Precision) -> None:
+        self.plain: dict[str, str] = {}
+        self._model = model
+        dtype = DTYPES.get(precision, torch.float32)
+        self._image: ImageForm | None = None
+        self._text: TextForm | None = None
+        with torch.inference_mode():
+            if model.config.has_image:
+                self._image = self._form("image", lambda: image_form(model, dtype))
+            if model.config.has_text:
+                self._text = self._form("text", lambda: text_form(model, dtype))
+
+    def encode_image(self, pixels: Tensor, normalize: bool = False) -> Tensor:
+        """As :meth:`DualEncoder.encode_image`, without prior images."""
+        if self._image is None:
+            return self._model.encode_image(pixels, normalize=normalize)
+        features = self._image(pixels)
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def encode_text(self, ids: Tensor, lengths: Tensor | None = None, normalize: bool = False) -> Tensor:
+        """As :meth:`DualEncoder.encode_text`."""
+        if self._text is None:
+            return self._model.encode_text(ids, lengths, normalize=normalize)
+        features = self._text(ids, lengths)
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def _form(self, side: str, make: Callable[[], T]) -> T | None:
+        try:
+            return make()
+        except NotPackable as reason:
+            self.plain[side] = str(reason)
+            return None
+
+
+def image_form(model: DualEncoder, dtype: torch.dtype) -> ImageForm:
+    """Return the fast form of a model's image side.
+
+    Raises:
+        NotPackable: It has none.
+    """
+    if isinstance(model, EnsembleModel):
+        forms = [image_form(member, dtype) for member in model.models()]
+        return lambda pixels: side_by_side([form(pixels) for form in forms])
+    side = model.image_side()
+    if isinstance(side, ProjectedImageTower):
+        require_plain(side, ProjectedImageTower)
+        trunk, head = tower_form(side.trunk, dtype), side.head
+        return lambda pixels: head(trunk(pixels))
+    return tower_form(side, dtype)
+
+
+def tower_form(tower: nn.Module, dtype: torch.dtype) -> ImageForm:
+    """Return the fast form of an image tower; ``NotPackable`` where it has none."""
+    if isinstance(tower, VisionTransformer):
+        from chiasm.encoders.inference.vit import PackedViT
+
+        return PackedViT(tower, dtype=dtype)
+    raise NotPackable(f"{type(tower).__name__} has no fast form")
+
+
+def text_form(model: DualEncoder, dtype: torch.dtype) -> TextForm:
+    """Return the fast form of a model's text side; ``NotPackable`` where it has none."""
+    if isinstance(model, EnsembleModel):
+        members = [text_form(member, dtype) for member in model.models()]
+        return lambda ids, lengths: side_by_side([form(ids, lengths) for form in members])
+    if isinstance(model.text, ProjectedTextTower):
+        raise NotPackable(f"{type(model.text.transformer).__name__} has no fast form")
+    raise NotPackable("the text tower has no fast form")

@@ -1,0 +1,87 @@
+"""In which arithmetic an encoder works out its vectors: what may be asked for, and what this machine runs fast.
+
+``fp32`` is what parity is measured in. ``bf16`` is mixed: linear layers (and convolutions) multiply bfloat16 numbers and
+add them in float32; the residual stream, LayerNorm, softmax, pooling and the projection's result stay float32. ``int8``
+quantises linear layers and has to pass a check on the user's own images (:mod:`chiasm.encoders.inference.int8`).
+``auto`` is ``bf16`` where a small trial shows that it pays, else ``fp32``; it is never ``int8``.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from functools import cache
+from typing import Literal, get_args
+
+import torch
+
+from chiasm.errors import ConfigError
+
+Precision = Literal["fp32", "bf16", "int8"]
+PRECISIONS: tuple[str, ...] = ("auto", *get_args(Precision))
+#: What ``auto`` stands for when it is set; for runs that must not depend on the machine.
+VARIABLE = "CHIASM_PRECISION"
+#: How many times as fast as float32 bfloat16 has to be to be chosen: below this its rounding buys nothing.
+WORTH = 1.3
+#: Rows, inputs and outputs of the layer that is tried: eight images of a ViT-B/32 with a quarter of its width.
+_TRIAL = (400, 192, 768)
+
+
+def resolve_precision(wanted: str, device: str | torch.device = "cpu") -> Precision:
+    """Return the precision that a wish means on a device.
+
+    Args:
+        wanted: ``auto``, ``fp32``, ``bf16`` or ``int8``; also ``fp16`` on a CPU, where bfloat16 takes its place because
+            CPUs convert half-precision numbers one by one (3 GF/s where bfloat16 reaches hundreds).
+        device: Where the encoder runs.
+
+    Raises:
+        ConfigError: Unknown, or int8 on a GPU.
+    """
+    place = torch.device(device)
+    if wanted == "auto":
+        wanted = os.environ.get(VARIABLE, "auto")
+    if wanted == "auto":
+        return "bf16" if bf16_pays(place.type) else "fp32"
+    if wanted == "fp16":
+        return "bf16"
+    if wanted not in PRECISIONS:
+        raise ConfigError(f"precision `{wanted}` is not known", hint=f"one of: {', '.join(PRECISIONS)}")
+    if wanted == "int8" and place.type != "cpu":
+        raise ConfigError(f"precision `int8` runs on the CPU, the encoder is on `{place}`", hint="use `bf16` there")
+    return wanted  # type: ignore[return-value]
+
+
+@cache
+def bf16_pays(device_type: str) -> bool:
+    """Return whether bfloat16 matrix products are at least 1.3 times as fast as float32 ones here; tried once.
+
+    On a CPU without bfloat16 instructions they are emulated and slower. On a GPU the driver says what it has.
+    """
+    if device_type == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    if device_type != "cpu":
+        return False
+    from chiasm.encoders.inference.packed import PackedLinear, can_pack
+
+    if not can_pack(torch.bfloat16):
+        return False
+    rows, inputs, outputs = _TRIAL
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, inputs, generator=generator)
+    weight, bias = torch.randn(outputs, inputs, generator=generator), torch.zeros(outputs)
+    with torch.inference_mode():
+        plain, fast = (PackedLinear(weight, bias, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+        worth: bool = _seconds(plain, x) > WORTH * _seconds(fast, x)
+    return worth
+
+
+def _seconds(layer: object, x: torch.Tensor) -> float:
+    """Shortest of twenty calls, after one that is not counted."""
+    assert callable(layer)
+    found = []
+    for _ in range(21):
+        began = time.perf_counter()
+        layer(x)
+        found.append(time.perf_counter() - began)
+    return min(found[1:])
