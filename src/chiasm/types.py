@@ -250,6 +250,8 @@ class Embeddings:
         labels: Column name -> one value a row; None means "not labelled".
         members: Models whose unit vectors stand side by side in a row (divided by the root of their number), 1 for one
             encoder.
+        precision: Arithmetic in which they were worked out (``fp32``, ``bf16``, ``int8``; ``encoders.precision``). Rows
+            of different precision may be compared: they differ by rounding.
     """
 
     vectors: NDArray[np.float32]
@@ -264,6 +266,7 @@ class Embeddings:
     patients: tuple[str | None, ...] | None = None
     labels: Mapping[str, tuple[LabelValue, ...]] = field(default_factory=dict)
     members: int = 1
+    precision: str = "fp32"
 
     def __post_init__(self) -> None:
         vectors = np.ascontiguousarray(self.vectors, dtype=np.float32)

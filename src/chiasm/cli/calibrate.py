@@ -16,6 +16,7 @@ from chiasm.cli.output import (
     DeviceOption,
     JsonOption,
     ModelOption,
+    PrecisionOption,
     SeedOption,
     check_output,
     print_json,
@@ -100,6 +101,7 @@ class Source:
     column: Sequence[str] | None
     root: Path | None
     device: str
+    precision: str
     batch_size: int
     as_json: bool
 
@@ -147,13 +149,14 @@ def run(
     resamples: ResamplesOption = 1000,
     out: PageOption = None,
     device: DeviceOption = "cpu",
+    precision: PrecisionOption = "auto",
     batch_size: BatchOption = 32,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Score, split by patient, fit, judge, save; or apply what was saved."""
     started = time.perf_counter()
-    source = Source(scores, store, table, model, labels, labels_file, template, multi, truth, group, column, root, device,
+    source = Source(scores, store, table, model, labels, labels_file, template, multi, truth, group, column, root, device, precision,
                     batch_size, as_json)  # fmt: skip
     _check_source(source, csv, apply)
     if apply is not None:
@@ -228,7 +231,9 @@ def _zero_shot(source: Source, with_truth: bool) -> Scored:
     from chiasm.types import Sample
 
     prompts = read_prompts(source.labels, source.labels_file, pairs=source.multi, template=source.template)
-    encoder = load_encoder(source.model, device=source.device, family=None, allow_code=False)
+    encoder = load_encoder(
+        source.model, device=source.device, precision=source.precision, family=None, allow_code=False
+    )
     images = open_vectors(
         store=source.store, table=source.table, model=source.model, group=source.group, column=source.column,
         root=source.root, batch_size=source.batch_size, device=source.device, as_json=source.as_json, encoder=encoder,

@@ -138,7 +138,7 @@ def run(
     began = time.perf_counter()
     if (image is None) == (table is None):
         raise InputError("give an image or --table, one of the two", hint='chiasm explain IMAGE "a sentence" --model M')
-    loading = {"device": device, "family": family, "allow_code": allow_code}
+    loading = {"device": device, "precision": "fp32", "family": family, "allow_code": allow_code}
     opening = {"group": group, "column": column, "root": root}
     shared = _Circumstances(model, loading, opening, page, limit, seed, as_json, began)
     if table is not None:

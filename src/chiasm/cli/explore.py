@@ -19,6 +19,7 @@ from chiasm.cli.output import (
     FamilyOption,
     JsonOption,
     ModelOption,
+    PrecisionOption,
     SeedOption,
     make_progress,
     print_json,
@@ -85,6 +86,7 @@ def run(
     column: ColumnOption = None,
     root: RootOption = None,
     device: DeviceOption = "cpu",
+    precision: PrecisionOption = "auto",
     batch_size: BatchOption = 32,
     seed: SeedOption = 0,
     family: FamilyOption = None,
@@ -104,7 +106,7 @@ def run(
         raise InputError("--terms needs --clusters, and --model to embed the terms")
     encoder = None
     if table is not None or terms is not None:
-        encoder = load_encoder(model, device=device, family=family, allow_code=allow_code)
+        encoder = load_encoder(model, device=device, precision=precision, family=family, allow_code=allow_code)
     read = partial(
         open_vectors,
         store=store, table=table, split=split, group=group, column=column, root=root, batch_size=batch_size,

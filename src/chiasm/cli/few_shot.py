@@ -17,6 +17,7 @@ from chiasm.cli.output import (
     FamilyOption,
     JsonOption,
     ModelOption,
+    PrecisionOption,
     SeedOption,
     make_progress,
     print_json,
@@ -77,6 +78,7 @@ def run(
     out: PageOption = None,
     seed: SeedOption = 0,
     device: DeviceOption = "cpu",
+    precision: PrecisionOption = "auto",
     batch_size: BatchOption = 32,
     family: FamilyOption = None,
     allow_code: CodeOption = False,
@@ -96,10 +98,10 @@ def run(
 
     encoder = None
     if table is not None or (labels_file is not None and model):
-        encoder = load_encoder(model, device=device, family=family, allow_code=allow_code)
+        encoder = load_encoder(model, device=device, precision=precision, family=family, allow_code=allow_code)
     images = open_vectors(
         store=store, table=table, model=model, group=group, column=column, root=root, batch_size=batch_size,
-        device=device, family=family, allow_code=allow_code, as_json=as_json, encoder=encoder,
+        device=device, precision=precision, family=family, allow_code=allow_code, as_json=as_json, encoder=encoder,
     )  # fmt: skip
     images = labelled_rows(images, label)
     parts = _parts(images, label, test_split, test_share, seed)

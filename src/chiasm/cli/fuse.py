@@ -16,6 +16,7 @@ from chiasm.cli.output import (
     FamilyOption,
     JsonOption,
     ModelOption,
+    PrecisionOption,
     SeedOption,
     make_progress,
     print_json,
@@ -59,6 +60,7 @@ def run(
     root: RootOption = None,
     out: PageOption = None,
     device: DeviceOption = "cpu",
+    precision: PrecisionOption = "auto",
     batch_size: BatchOption = 32,
     seed: SeedOption = 0,
     family: FamilyOption = None,
@@ -79,7 +81,9 @@ def run(
     wanted = _wanted(use, clinical, label)
     columns = [c.strip() for c in clinical.split(",") if c.strip()]
     load = table is not None
-    encoder = load_encoder(model, device=device, family=family, allow_code=allow_code) if load else None
+    encoder = (
+        load_encoder(model, device=device, precision=precision, family=family, allow_code=allow_code) if load else None
+    )
 
     def side(name: Literal["image", "text"], from_store: Path | None) -> Embeddings:
         other = from_store is not None and from_store is not store  # --text-store stands beside a table

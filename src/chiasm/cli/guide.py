@@ -17,6 +17,7 @@ from chiasm.cli.output import (
     FamilyOption,
     JsonOption,
     ModelOption,
+    PrecisionOption,
     SeedOption,
     make_progress,
     print_json,
@@ -77,6 +78,7 @@ def run(
     column: ColumnOption = None,
     root: RootOption = None,
     device: DeviceOption = "cpu",
+    precision: PrecisionOption = "auto",
     batch_size: BatchOption = 32,
     seed: SeedOption = 0,
     family: FamilyOption = None,
@@ -85,7 +87,7 @@ def run(
 ) -> None:
     """Guide pixels, or score pairs."""
     began = time.perf_counter()
-    loading = {"device": device, "family": family, "allow_code": allow_code}
+    loading = {"device": device, "precision": precision, "family": family, "allow_code": allow_code}
     if score:
         if text or start or against or control:
             raise InputError("--score reads pairs of a table; texts, --start, --against and --control make pictures")
@@ -216,7 +218,7 @@ def _score(
         raise InputError(f"`--out {out.name}` is no page", hint="let it end in .html")
     encoder = None
     if table is not None and store is None:
-        encoder = load_encoder(model, device=rows["device"], family=rows["family"], allow_code=rows["allow_code"])
+        encoder = load_encoder(model, **{k: rows[k] for k in ("device", "precision", "family", "allow_code")})
     opened = {
         side: open_vectors(store=store, table=table, model=model, side=side, as_json=as_json, encoder=encoder, **rows)  # type: ignore[arg-type]
         for side in ("image", "text")

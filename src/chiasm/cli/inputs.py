@@ -210,9 +210,7 @@ def read_prompts(labels: str | None, labels_file: Path | None, *, pairs: bool, t
     return parse_prompts(labels or "", templates=template, pairs=pairs)
 
 
-def load_encoder(
-    model: str, *, device: str, family: str | None, allow_code: bool, precision: str = "auto"
-) -> Encoder:
+def load_encoder(model: str, *, device: str, family: str | None, allow_code: bool, precision: str = "auto") -> Encoder:
     """Load the encoder that ``--model`` names, by default in the precision that this machine runs fast.
 
     What is absent is missed before torch is imported.

@@ -32,7 +32,7 @@ def run(
 
     if not all(text.strip() for text in texts):
         raise InputError("a text is empty", hint='write what the image may show: "left pleural effusion"')
-    encoder = load_encoder(model, device=device, family=family, allow_code=allow_code)
+    encoder = load_encoder(model, device=device, precision="fp32", family=family, allow_code=allow_code)
     shown = inspect(
         _raw(encoder, [open_image(image)], [image.name], "image"), _raw(encoder, list(texts), list(texts), "text")
     )

@@ -18,6 +18,7 @@ from chiasm.cli.output import (
     FamilyOption,
     JsonOption,
     ModelOption,
+    PrecisionOption,
     SeedOption,
     check_output,
     make_progress,
@@ -91,6 +92,7 @@ def run(
     root: RootOption = None,
     resamples: ResamplesOption = 1000,
     device: DeviceOption = "cpu",
+    precision: PrecisionOption = "auto",
     batch_size: BatchOption = 32,
     seed: SeedOption = 0,
     family: FamilyOption = None,
@@ -108,7 +110,7 @@ def run(
     from chiasm.tasks.moderation import embed_policy, moderate, read_policy
 
     wanted = read_policy(policy)  # a wrong policy is missed before a model is loaded
-    encoder = load_encoder(model, device=device, family=family, allow_code=allow_code)
+    encoder = load_encoder(model, device=device, precision=precision, family=family, allow_code=allow_code)
     options: dict[str, Any] = {
         "group": group,
         "column": column,

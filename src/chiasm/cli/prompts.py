@@ -18,6 +18,7 @@ from chiasm.cli.output import (
     FamilyOption,
     JsonOption,
     ModelOption,
+    PrecisionOption,
     SeedOption,
     make_progress,
     print_json,
@@ -119,6 +120,7 @@ def run(
     root: RootOption = None,
     out: PageOption = None,
     device: DeviceOption = "cpu",
+    precision: PrecisionOption = "auto",
     batch_size: BatchOption = 32,
     seed: SeedOption = 0,
     family: FamilyOption = None,
@@ -142,7 +144,7 @@ def run(
     grid = make_grid(labels, labels_file, template, synonyms, multi=multi)
     job = _open_job(
         grid, model, multi=multi, truth=truth, seed=seed, resamples=resamples, store=store, table=table, split=split,
-        group=group, column=column, root=root, batch_size=batch_size, device=device, family=family,
+        group=group, column=column, root=root, batch_size=batch_size, device=device, precision=precision, family=family,
         allow_code=allow_code, as_json=as_json,
     )  # fmt: skip
     if action == "explain":
@@ -185,6 +187,7 @@ def _open_job(
     allow_code: bool,
     batch_size: int,
     device: str,
+    precision: str,
     **rows: Any,
 ) -> Job:
     """Load the model, open the images (``rows`` as ``open_vectors`` takes them) and embed the wordings."""
@@ -193,7 +196,7 @@ def _open_job(
     from chiasm.types import check_same_space
 
     started = time.monotonic()
-    encoder = load_encoder(model, device=device, family=family, allow_code=allow_code)
+    encoder = load_encoder(model, device=device, precision=precision, family=family, allow_code=allow_code)
     images = open_vectors(model=model, batch_size=batch_size, device=device, encoder=encoder, **rows)
     vectors = grid.embed(_embedder(encoder, batch_size))
     check_same_space(images, vectors.embeddings)

@@ -31,6 +31,7 @@ from chiasm.cli.output import (
     FamilyOption,
     JsonOption,
     ModelOption,
+    PrecisionOption,
     SeedOption,
     make_progress,
     print_json,
@@ -100,6 +101,7 @@ def run(
     out: PageOption = None,
     examples: Annotated[int, typer.Option("--examples", min=0, help="Queries that the page shows with answers.")] = 0,
     device: DeviceOption = "cpu",
+    precision: PrecisionOption = "auto",
     batch_size: BatchOption = 32,
     seed: SeedOption = 0,
     family: FamilyOption = None,
@@ -113,7 +115,7 @@ def run(
     _check_search(table, store, answers, query or ())
     encoder = None
     if query or store is None or probes:  # a store can be measured without its model
-        encoder = load_encoder(model, device=device, family=family, allow_code=allow_code)
+        encoder = load_encoder(model, device=device, precision=precision, family=family, allow_code=allow_code)
     rejects = RejectLog()
     corpus: Corpus
     if store is not None:

@@ -20,6 +20,7 @@ from chiasm.cli.output import (
     FamilyOption,
     JsonOption,
     ModelOption,
+    PrecisionOption,
     SeedOption,
     make_progress,
     print_json,
@@ -87,6 +88,7 @@ def run(
     out: PageOption = None,
     resamples: Annotated[int, typer.Option("--resamples", min=10, help="Bootstrap resamples of patients.")] = 1000,
     device: DeviceOption = "cpu",
+    precision: PrecisionOption = "auto",
     batch_size: BatchOption = 32,
     seed: SeedOption = 0,
     family: FamilyOption = None,
@@ -105,7 +107,13 @@ def run(
     from chiasm.tasks.survival import check_unit, event_flags
 
     named = {"split": split, "group": group, "column": column, "root": root}
-    opened = {"batch_size": batch_size, "device": device, "family": family, "allow_code": allow_code}
+    opened = {
+        "batch_size": batch_size,
+        "device": device,
+        "precision": precision,
+        "family": family,
+        "allow_code": allow_code,
+    }
     rows = _where(_open(wanted, table, store, model, as_json, named, opened), where)
     times, flags = _column(rows, time_column), event_flags(_column(rows, flag), event_is=value, censored=is_censoring)
     known, sets = _blocks(rows, wanted, (time_column, flag)), {}
@@ -222,7 +230,7 @@ def _open(
     from chiasm.cli.inputs import load_encoder
     from chiasm.cli.vectors import open_vectors
 
-    settings = {k: v for k, v in opened.items() if k in ("device", "family", "allow_code")}
+    settings = {k: v for k, v in opened.items() if k in ("device", "precision", "family", "allow_code")}
     encoder = load_encoder(model, **settings) if table is not None and store is None else None
     found: dict[str, Embeddings] = {}
     for side in sides or ["image"]:

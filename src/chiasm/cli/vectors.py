@@ -44,6 +44,7 @@ def open_vectors(
     root: Path | None = None,
     batch_size: int = 32,
     device: str = "cpu",
+    precision: str = "auto",
     family: str | None = None,
     allow_code: bool = False,
     as_json: bool = False,
@@ -62,6 +63,7 @@ def open_vectors(
         root: Folder of relative image paths.
         batch_size: Rows per forward pass.
         device: Of the model.
+        precision: Of the model, see ``encoders.precision``.
         family: Whose weights a file holds.
         allow_code: As ``--allow-code``.
         as_json: No progress bar.
@@ -74,7 +76,20 @@ def open_vectors(
         raise InputError("give --table or --store, one of the two", hint="`chiasm embed` makes a store of a table")
     if table is not None:
         return _embedded(
-            table, model, side, split, group, column, root, batch_size, device, family, allow_code, as_json, encoder
+            table,
+            model,
+            side,
+            split,
+            group,
+            column,
+            root,
+            batch_size,
+            device,
+            precision,
+            family,
+            allow_code,
+            as_json,
+            encoder,
         )
     assert store is not None
     if column or root:
@@ -95,6 +110,7 @@ def _embedded(
     root: Path | None,
     batch_size: int,
     device: str,
+    precision: str,
     family: str | None,
     allow_code: bool,
     as_json: bool,
@@ -103,7 +119,7 @@ def _embedded(
     from chiasm.cli.inputs import load_encoder, open_table, say_rejected, select_rows
     from chiasm.io.manifest import RejectLog
 
-    encoder = encoder or load_encoder(model, device=device, family=family, allow_code=allow_code)
+    encoder = encoder or load_encoder(model, device=device, precision=precision, family=family, allow_code=allow_code)
     from chiasm.embed import embed_images, embed_texts
 
     dataset = open_table(table, group=group, columns=column, root=root, require=(side,))

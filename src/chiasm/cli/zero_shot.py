@@ -16,6 +16,7 @@ from chiasm.cli.output import (
     FamilyOption,
     JsonOption,
     ModelOption,
+    PrecisionOption,
     SeedOption,
     check_output,
     make_progress,
@@ -89,6 +90,7 @@ def run(
     calibration: CalibrationOption = None,
     out: CsvOption = None,
     device: DeviceOption = "cpu",
+    precision: PrecisionOption = "auto",
     batch_size: BatchOption = 32,
     seed: SeedOption = 0,
     family: FamilyOption = None,
@@ -117,7 +119,7 @@ def run(
     if choose_on is not None:
         held = read_images(images, table, group=group, columns=column, root=root, split=choose_on).samples
         by_protocol.check_choice(question, held, rows.samples, truth)
-    encoder = load_encoder(model, device=device, family=family, allow_code=allow_code)
+    encoder = load_encoder(model, device=device, precision=precision, family=family, allow_code=allow_code)
     rejects = RejectLog(rows.rejected)
     embedded = embed_images(
         encoder, rows.samples, batch_size=batch_size, rejects=rejects, progress=make_progress(as_json, unit="images")

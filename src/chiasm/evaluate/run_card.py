@@ -34,7 +34,7 @@ class RunCard:
         data: Name -> digest of the rows (ids, vectors, groups, labels) that entered.
         rows: Name -> how many rows that were.
         split: Digest of which row was in which part, or None where there are no parts.
-        model: The space, ``encoder@weights.preprocessing/dim``, or a sentence.
+        model: The space, ``encoder@weights.preprocessing/dim``, with the precision unless that is fp32; or a sentence.
         prompts: Digest of the prompts, or None.
         settings: Every setting that can change the numbers, as JSON values.
         seed: Of everything drawn at random.
@@ -103,7 +103,9 @@ def make_run_card(
         settings: Everything else that can change a number, as JSON values.
         seconds: Wall time.
     """
-    spaces = dict.fromkeys(str(e.space) for e in embeddings.values())
+    spaces = dict.fromkeys(
+        str(e.space) + ("" if e.precision == "fp32" else f" in {e.precision}") for e in embeddings.values()
+    )
     return RunCard(
         command=command,
         data={name: digest_of_rows(e) for name, e in embeddings.items()},
