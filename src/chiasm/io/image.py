@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from chiasm.errors import FileFormatError, InputError
+from chiasm.io.jpeg import decode_jpeg, draft
 
 #: Pixels above which a file is refused unless the caller allows more; Pillow's own limit for "decompression bombs".
 MAX_PIXELS = 178_956_970
@@ -53,6 +54,7 @@ def open_image(
     frame: int | None = None,
     exif: bool = False,
     window: tuple[float, float] | None = None,
+    draft_px: int | None = None,
 ) -> Image.Image:
     """Return the image of a file, decoded, in the file's own mode.
 
@@ -67,6 +69,9 @@ def open_image(
             Default: the smallest and the largest finite value of the image, so that nothing is clipped; the result
             has mode ``L`` and the window in ``info["window"]``. A constant image becomes 0. Images of 8 bits are left
             alone.
+        draft_px: Lossy. A large JPEG may be decoded at a half, a quarter or an eighth of its size, while both sides keep
+            at least this many pixels (``PIL.Image.Image.draft``); see ``chiasm.data.transforms.ImageTransform`` for
+            what it costs. Other formats and small images are as without it.
 
     Raises:
         InputError: The file is absent, a folder or unreadable; it has too many pixels or several frames.
@@ -76,9 +81,9 @@ def open_image(
     if isinstance(source, bytes):
         source = io.BytesIO(source)
     if not isinstance(source, str | os.PathLike):
-        return _decode(source, name, max_pixels=max_pixels, frame=frame, exif=exif, window=window)
+        return _decode(source, name, max_pixels=max_pixels, frame=frame, exif=exif, window=window, draft_px=draft_px)
     with _open_file(source, name) as stream:
-        return _decode(stream, name, max_pixels=max_pixels, frame=frame, exif=exif, window=window)
+        return _decode(stream, name, max_pixels=max_pixels, frame=frame, exif=exif, window=window, draft_px=draft_px)
 
 
 def _name_of(source: object) -> str:
@@ -110,7 +115,11 @@ def _decode(
     frame: int | None,
     exif: bool,
     window: tuple[float, float] | None,
+    draft_px: int | None,
 ) -> Image.Image:
+    if draft_px is not None and draft_px < 1:
+        raise InputError(f"draft_px must be at least 1, got {draft_px}")
+    image: Image.Image
     try:
         image = Image.open(stream)
     except UnidentifiedImageError:
@@ -129,7 +138,13 @@ def _decode(
         _check_size(image, name, max_pixels)
         _select_frame(image, name, frame)
         _check_size(image, name, max_pixels)
-        image.load()
+        if draft_px is not None:
+            draft(image, draft_px)
+        decoded = decode_jpeg(image)
+        if decoded is None:
+            image.load()
+        else:
+            image = decoded
         result = ImageOps.exif_transpose(image) if exif else image
         if result.mode in _DEEP_MODES:
             result = _window_to_8_bits(result, window)
