@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import resource
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -283,13 +284,25 @@ def test_ctrl_c_keeps_whole_batches_and_says_how_to_go_on(
 def test_old_chunks_are_committed_on_the_way(
     pictures: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def wait_for(counts: list[int]) -> Callable[[int], None]:
+        """Before each batch, wait until its writer has stored what it should have by now, and no more."""
+
+        def check(batch: int) -> None:
+            until = time.monotonic() + 20
+            while (n := open_store(tmp_path / "s").count()) < counts[batch % len(counts)] and time.monotonic() < until:
+                time.sleep(0.01)
+            seen.append(n)
+
+        return check
+
     e = encoder()
-    seen = []
-    e.at_batch = lambda k: seen.append(open_store(tmp_path / "s").count())
+    seen: list[int] = []
+    e.at_batch = wait_for([0, 0, 4, 4, 8, 8])
     monkeypatch.setattr("chiasm.embed.CHUNK_ROWS", 4)
     embed_to_store(e, pictures, tmp_path / "s", batch_size=2, modalities=("image",))
     assert seen == [0, 0, 4, 4, 8, 8]
     monkeypatch.setattr("chiasm.embed.CHUNK_SECONDS", -1.0)
+    e.at_batch = wait_for([11, 15, 19])
     seen.clear()
     more = [replace(s, id=s.id + "x") for s in pictures]
     embed_to_store(e, more, tmp_path / "s", batch_size=4, modalities=("image",))

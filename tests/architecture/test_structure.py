@@ -19,7 +19,7 @@ LEVELS = {
     "io": 1,
     "datasets": 2, "data": 2, "checkpoints": 2, "losses": 2, "metrics": 2,
     "encoders": 3,
-    "fetch": 4, "load": 4, "embed": 4, "export": 4, "classifier": 4,
+    "fetch": 4, "load": 4, "embed": 4, "embed_streams": 4, "export": 4, "classifier": 4,
     "tasks": 5, "explain": 5, "train": 5, "deploy": 5,
     "evaluate": 6, "bundle": 6, "pairing": 6, "distill": 6, "export_vision": 6,
     "web": 7,
@@ -28,6 +28,7 @@ LEVELS = {
 #: Neighbours on one level that may know each other, in this direction only.
 SIDEWAYS = {
     ("embed", "load"),
+    ("embed", "embed_streams"),
     ("load", "fetch"),
     ("export", "load"),
     ("data", "datasets"),

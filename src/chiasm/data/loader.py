@@ -3,24 +3,37 @@
 Comes in: a sequence of samples and a function that makes one item of a row. Goes out: batches in order. Threads
 suffice because Pillow releases the interpreter lock while it decodes and resizes; nothing has to be pickled, and
 Ctrl-C ends at once.
+
+:class:`Batches` gathers items of any kind for training. :class:`PixelBatches` is for one pass over images: threads
+write pixels where the encoder reads them, in a few batches that are allocated once and used again and again.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from chiasm.errors import ChiasmError, FileFormatError, InputError
 from chiasm.io.manifest import RejectLog
 
+if TYPE_CHECKING:
+    import torch
+
 T = TypeVar("T")
+OnBad = Literal["skip", "fail"]
 _BAD_ROW = (InputError, FileFormatError, OSError, MemoryError)
+#: Batches of pixels that are decoded while the consumer works on one.
+AHEAD = 2
+_CGROUPS = Path("/sys/fs/cgroup")
 
 
 class Batch(NamedTuple, Generic[T]):
@@ -73,7 +86,7 @@ class Batches(Generic[T]):
         workers: int = 2,
         drop_last: bool = False,
         start: int = 0,
-        on_bad: Literal["skip", "fail"] = "skip",
+        on_bad: OnBad = "skip",
         rejects: RejectLog | None = None,
     ) -> None:
         if batch_size < 1:
@@ -150,17 +163,158 @@ class Batches(Generic[T]):
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _settle(self, row: int, call: Callable[[], T]) -> list[T]:
-        """Return the loaded item, or nothing when the row is bad and may be skipped."""
+        return _settle(self.samples, row, call, self.on_bad, self.rejects)
+
+
+class PixelBatch(NamedTuple):
+    """One batch of pixels.
+
+    Attributes:
+        rows: Rows of the samples, in the order of ``pixels``; rejected rows are absent.
+        pixels: float32 (rows, 3, size, size): a view of a slot of the ring. It holds these rows only until the next
+            batch is asked for; copy what is to be kept.
+    """
+
+    rows: tuple[int, ...]
+    pixels: torch.Tensor
+
+
+class PixelBatches:
+    """Iterate over batches of pixels that threads write into a ring of ``ahead + 1`` batches allocated beforehand.
+
+    Image i of batch k is written at place i of slot k modulo ``ahead + 1``. The slot of a batch is given away only
+    when the consumer asks for the batch after it, so no pixel changes while it is read, a slow consumer holds the
+    decoders back, and memory is that of the ring (each slot ``4 * 3 * size² * longest batch`` bytes) plus one decoded
+    image a thread, however many samples there are. The threads end with the iteration: at its end, on an error, on
+    Ctrl-C, and when the iterator is dropped.
+
+    Args:
+        samples: Only the ids and the names of files (for the reject log) are used here.
+        batches: Rows of each batch, in the order of the batches.
+        fill: ``fill(row, out)`` writes the pixels of one row into ``out``, float32 of ``shape``, all of it; called from
+            several threads at a time.
+        shape: Of one image: (3, height, width).
+        workers: Threads; 0 decodes in the calling thread; None: as many as :func:`available_cpus`.
+        ahead: Batches that are decoded while the consumer works on one.
+        pinned: Allocate the ring in page-locked memory, from which copies to a GPU run beside other work.
+        on_bad: As in :class:`Batches`: a bad row is noted and the batch is smaller, or ``InputError`` is raised.
+        rejects: Where bad rows are noted.
+
+    Raises:
+        InputError: Negative numbers; a bad row where ``on_bad`` is ``fail``.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Any],
+        batches: Sequence[Sequence[int]],
+        *,
+        fill: Callable[[int, NDArray[np.float32]], None],
+        shape: tuple[int, int, int],
+        workers: int | None = None,
+        ahead: int = AHEAD,
+        pinned: bool = False,
+        on_bad: OnBad = "skip",
+        rejects: RejectLog | None = None,
+    ) -> None:
+        workers = available_cpus() if workers is None else workers
+        if workers < 0 or ahead < 0:
+            raise InputError(f"workers and ahead must not be negative, got {workers} and {ahead}")
+        self.samples = samples
+        self.batches = [list(rows) for rows in batches if len(rows)]
+        self.fill = fill
+        self.shape = shape
+        self.workers = workers
+        self.ahead = ahead
+        self.pinned = pinned
+        self.on_bad: OnBad = on_bad
+        self.rejects = RejectLog() if rejects is None else rejects
+
+    def __iter__(self) -> Iterator[PixelBatch]:
+        if not self.batches:
+            return
+        slots = self._allocate(min(self.ahead if self.workers else 0, len(self.batches) - 1) + 1)
+        if self.workers == 0:
+            for rows in self.batches:
+                slot = slots[0].numpy()
+                yield from self._gather(
+                    rows, slots[0], [partial(self.fill, row, slot[i]) for i, row in enumerate(rows)]
+                )
+            return
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="chiasm-loader")
+        pending: deque[list[Future[None]]] = deque()
+        upcoming = iter(enumerate(self.batches))
+
+        def refill() -> None:
+            # Called when the consumer is done with a batch: every slot but those in `pending` is free.
+            while len(pending) < len(slots) and (found := next(upcoming, None)) is not None:
+                number, rows = found
+                slot = slots[number % len(slots)].numpy()
+                pending.append([pool.submit(self.fill, row, slot[i]) for i, row in enumerate(rows)])
+
         try:
-            return [call()]
-        except _BAD_ROW as error:
-            sample = self.samples[row]
-            reason = _reason(error, getattr(getattr(sample, "image", None), "name", ""))
-            if self.on_bad == "fail":
-                hint = "repair or remove the row, or choose to skip bad rows"
-                raise InputError(f"row {row} of the data cannot be loaded: {reason}", hint=hint) from error
-            self.rejects.add(row, str(getattr(sample, "id", row)), reason)
-            return []
+            for number, rows in enumerate(self.batches):
+                refill()
+                calls: list[Callable[[], None]] = [future.result for future in pending.popleft()]
+                yield from self._gather(rows, slots[number % len(slots)], calls)
+        finally:
+            # Reached at the end, on an error, on Ctrl-C and when the consumer drops the iterator.
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _allocate(self, n: int) -> list[torch.Tensor]:
+        import torch
+
+        longest = max(len(rows) for rows in self.batches)
+        # One by one: torch aligns each, and the bits of a matrix product may depend on how its input is aligned.
+        return [torch.empty(longest, *self.shape, dtype=torch.float32, pin_memory=self.pinned) for _ in range(n)]
+
+    def _gather(self, rows: list[int], slot: torch.Tensor, calls: Sequence[Callable[[], None]]) -> Iterator[PixelBatch]:
+        """Wait for every row of a batch, close the gaps that bad rows leave, and yield it unless nothing is left."""
+        kept: list[int] = []
+        for place, (row, call) in enumerate(zip(rows, calls, strict=True)):
+            if _settle(self.samples, row, call, self.on_bad, self.rejects):
+                kept.append(place)
+        for to, place in enumerate(kept):
+            if to != place:
+                slot[to] = slot[place]
+        if kept:
+            yield PixelBatch(tuple(rows[place] for place in kept), slot[: len(kept)])
+
+
+def available_cpus() -> int:
+    """Return how many CPUs this process may keep busy: those of its affinity, or less where a cgroup grants less.
+
+    References:
+        Linux, Documentation/admin-guide/cgroup-v2.rst, ``cpu.max`` (quota and period in µs), and for version 1
+        Documentation/scheduler/sched-bwc.rst.
+    """
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = (_CGROUPS / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            quota, period = ((_CGROUPS / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        except (OSError, ValueError):
+            return cpus
+    try:
+        granted = int(quota) / int(period)
+    except (ValueError, ZeroDivisionError):  # "max": no limit
+        return cpus
+    return max(1, min(cpus, math.ceil(granted))) if granted > 0 else cpus
+
+
+def _settle(samples: Sequence[Any], row: int, call: Callable[[], T], on_bad: OnBad, rejects: RejectLog) -> list[T]:
+    """Return what was loaded as a list of one, or an empty list when the row is bad and may be skipped."""
+    try:
+        return [call()]
+    except _BAD_ROW as error:
+        sample = samples[row]
+        reason = _reason(error, getattr(getattr(sample, "image", None), "name", ""))
+        if on_bad == "fail":
+            hint = "repair or remove the row, or choose to skip bad rows"
+            raise InputError(f"row {row} of the data cannot be loaded: {reason}", hint=hint) from error
+        rejects.add(row, str(getattr(sample, "id", row)), reason)
+        return []
 
 
 def _reason(error: BaseException, file_name: str) -> str:
