@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import types
 from importlib.resources import files
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Engine
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from chiasm.data.byte_pairs import BytePairs, clean_text, close_over_parts, read_merges, split_words
+from chiasm.data.byte_pairs import BytePairs, close_over_parts, read_merges, split_words
+from chiasm.data.mending import clean_text
 from chiasm.data.tokenizers import (
     ClipTokenizer,
     HuggingFaceTokenizer,
@@ -98,6 +100,58 @@ def test_without_the_accelerator_the_ids_are_the_same(monkeypatch: pytest.Monkey
         assert torch.equal(ClipTokenizer().encode(texts).ids, plain.encode(texts).ids)
     finally:
         tokenizers._accelerator.cache_clear()
+
+
+def test_an_accelerator_that_disagrees_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    from chiasm.data import tokenizers
+
+    class Other:
+        def encode(self, text: str) -> list[int]:
+            return [] if text.strip() == "" else [320]
+
+    monkeypatch.setitem(sys.modules, "instant_clip_tokenizer", types.SimpleNamespace(Tokenizer=Other))
+    tokenizers._accelerator.cache_clear()
+    try:
+        assert tokenizers._accelerator() is None
+        assert torch.equal(ClipTokenizer().encode("a film").ids, plain.encode("a film").ids)
+    finally:
+        tokenizers._accelerator.cache_clear()
+
+
+def test_the_stored_self_check_holds_the_true_ids() -> None:
+    stored = json.loads((files("chiasm.data") / "vocabulary" / "accelerator_check.json").read_text())
+    assert len(stored) >= 50
+    assert all(text.isascii() for text, _ in stored)
+    assert dict(stored) == {text: plain.encode_ids(text)[0][1:-1] for text, _ in stored}
+
+
+def test_one_text_needs_neither_the_merges_nor_ftfy() -> None:
+    pytest.importorskip("instant_clip_tokenizer")
+    code = (
+        "import sys, chiasm.data.tokenizers as t, chiasm.data.byte_pairs as b\n"
+        "tokens = t.ClipTokenizer().encode('a film')\n"
+        "assert tokens.ids[0, :5].tolist() == [49406, 320, 1860, 49407, 0], tokens\n"
+        "print(b.read_merges.cache_info().misses, *({'ftfy', 'regex', 'tokenizers', 'transformers'} & {*sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "0"
+
+
+@pytest.mark.parametrize("context", [3, 4, 5, 77])
+def test_simple_and_other_texts_of_one_batch(context: int) -> None:
+    simple = ["a film", "", "A FILM", "a b c d e f", "\t\n", "<end_of_text> a", "! !", "!"]
+    other = ["H&E", "é", "a & b", "caf&eacute;", "\x00", "漢"]
+    for texts in (simple, other, [*simple, *other], [*other, *simple], *([t] for t in simple + other)):
+        ours, expected = clip.encode(texts, context), plain.encode(texts, context)
+        assert torch.equal(ours.ids, expected.ids)
+        assert ours.ids.dtype == torch.int64
+        assert torch.equal(ours.lengths, expected.lengths)
+        assert ours.truncated == expected.truncated
+
+
+def test_the_full_vocabulary_is_described_without_being_read() -> None:
+    pairs = BytePairs()
+    assert (clip.sot_id, clip.eot_id, clip.vocab_size, clip.keep) == (pairs.start_id, pairs.end_id, pairs.size, None)
 
 
 # --- laws -----------------------------------------------------------------------------------------------------------

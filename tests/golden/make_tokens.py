@@ -37,6 +37,19 @@ ODD = (
     "\ud800 \udc00 \ud83e\udec1 \udfff\ud800", "\U0010ffff\U000e0001 \ue000 private",
     "\u1c89\ua7cb\U00010d40 new letters",
 )  # fmt: skip
+#: What the accelerator has to agree on before it is used: ASCII of every kind.
+CHECKS = (
+    "", "a", " ", "!", "a chest radiograph", "Left-sided pneumothorax, 3 cm.", "no evidence of pleural effusion!",
+    "the patient's heart isn't enlarged; they've we'll I'm he'd you're", "T2-weighted FLAIR 0123456789", "\t\r\n x \n",
+    "CT/MR (1.5T) @ 50% #7 *~^_`{|}[]<>=+", "'S 'T 'RE 'quoted' ''s 's's", "supercalifragilisticexpialidocious",
+    "</w> < / w > a</w>b", "...!!!???", "$100,000.00 -- #hashtag @user", "x" * 40, "a b c " * 40, "ab" * 90,
+    "H&E", "a & b", "&", "AT&T's", "<start_of_text>", "a <END_OF_TEXT> b", "<|startoftext|>", "''s''t'", "'LL'd",
+    "0", "00", "1a2b", "a1", "UPPER lower MiXeD", "snake_case CamelCase kebab-case", "C:\\path\\file.dcm", "a\\nb",
+    "adenocarcinoma, moderately differentiated (G2), pT2 pN1 cM0", "H. pylori +++", "r/o PE vs. MI", "37.2C",
+    "q.d. b.i.d. p.r.n.", "~5 days [sic] {a} |b|", "e.g., i.e., cf.", "http://x.org/?q=1#top", "\"double\" 'single'",
+    "3x4x5mm", "12-lead ECG; QTc=440ms", "HER2/neu IHC 3+", "Ki-67 (MIB-1) 20%", "BI-RADS 4b", "zzzzqqqqxxxx jjjj",
+)  # fmt: skip
+CHECK_FILE = Path(__file__).parents[2] / "src/chiasm/data/vocabulary/accelerator_check.json"
 
 
 def varied_texts(n: int, seed: int) -> list[str]:
@@ -71,6 +84,10 @@ def main() -> None:
     lines = ",\n".join(json.dumps(r, separators=(",", ":")) for r in records)
     path.write_text(f"[\n{lines}\n]\n", encoding="ascii")
     print(f"{path.name}: {len(records)} strings, {path.stat().st_size} bytes, open_clip {open_clip.__version__}")
+    checks = [[text, tokenizer.encode(text)] for text in CHECKS]
+    lines = ",\n".join(json.dumps(r, separators=(",", ":")) for r in checks)
+    CHECK_FILE.write_text(f"[\n{lines}\n]\n", encoding="ascii")
+    print(f"{CHECK_FILE.name}: {len(checks)} strings")
 
 
 def without_padding(row: list[int]) -> list[int]:

@@ -1,8 +1,8 @@
 """CLIP's byte-pair encoding: a text in, token ids out, identical to open_clip's ``SimpleTokenizer``.
 
 The text is cleaned, lower-cased and split into words; each word is encoded once and remembered, so most of the time
-goes into one regular expression. The merges of new words are done by the compiled ``tokenizers`` library. Printable
-ASCII without ``&`` cannot be changed by the cleaning, so it skips it. Nothing here needs torch.
+goes into one regular expression. The merges of new words are done by the compiled ``tokenizers`` library. Nothing here
+needs torch.
 
 The vocabulary is OpenAI's, MIT-licensed, carried unchanged in ``vocabulary/`` (see NOTICE): 256 bytes, the same 256 at
 the end of a word, 48,894 merges and two special tokens.
@@ -10,15 +10,14 @@ the end of a word, 48,894 merges and two special tokens.
 
 from __future__ import annotations
 
-import gzip
-import html
-import itertools
 import re
+import zlib
 from collections.abc import Iterable
 from functools import cached_property, lru_cache
 from importlib.resources import files
 from typing import Any
 
+from chiasm.data.mending import prepare_text
 from chiasm.errors import ConfigError
 
 START = "<start_of_text>"
@@ -27,32 +26,14 @@ N_BYTES = 256
 N_MERGES = 48_894
 #: Ids below this are single bytes, inside a word or at its end; they belong to every vocabulary.
 N_BYTE_IDS = 2 * N_BYTES
+#: Of the full vocabulary; the end token is the next.
+FULL_START_ID = N_BYTE_IDS + N_MERGES
 
+_VOCABULARY_BYTES = 1 << 20
 _WORD_END = "</w>"
-#: No cleaning step changes a text of these characters: printable ASCII without `&`, tab, line feed, carriage return.
-SIMPLE_TEXT = re.compile(r"[\t\n\r\x20-\x25\x27-\x7e]*")
 _CONTRACTIONS = f"{START}|{END}|'s|'t|'re|'ve|'m|'ll|'d"
 _ASCII_WORDS = re.compile(_CONTRACTIONS + r"|[a-z]+|[0-9]|[^\sa-z0-9]+")
 _REMEMBERED_WORDS = 200_000
-
-
-def clean_text(text: str) -> str:
-    """Return the text as CLIP sees it: mended encoding, no HTML entities, single spaces, lower case."""
-    return tidy_text(text).lower()
-
-
-def tidy_text(text: str) -> str:
-    """Return a text with mended encoding, without HTML entities and with single spaces; its case stays."""
-    if SIMPLE_TEXT.fullmatch(text) is None:
-        import ftfy  # 0.1 s to import, and most texts never need it
-
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split())
-
-
-def prepare_text(text: str) -> str:
-    """Return a text with the words of :func:`clean_text`; white space of simple texts stays, as no word holds any."""
-    return text.lower() if SIMPLE_TEXT.fullmatch(text) else clean_text(text)
 
 
 def split_words(text: str) -> list[str]:
@@ -86,10 +67,11 @@ def _byte_of_symbol() -> dict[str, int]:
 @lru_cache(maxsize=1)
 def read_merges() -> tuple[tuple[str, str], ...]:
     """Return the 48,894 merges of CLIP's vocabulary, in order of rank."""
-    path = files("chiasm.data") / "vocabulary" / "bpe_simple_vocab_16e6.txt.gz"
-    with path.open("rb") as packed, gzip.open(packed, "rt", encoding="utf-8") as lines:
-        pairs = (line.split() for line in itertools.islice(lines, 1, N_MERGES + 1))
-        return tuple((left, right) for left, right in pairs)
+    packed = (files("chiasm.data") / "vocabulary" / "bpe_simple_vocab_16e6.txt.gz").read_bytes()
+    # The file goes on with merges that CLIP does not use; what is used ends at half of this.
+    text = zlib.decompressobj(wbits=31).decompress(packed, _VOCABULARY_BYTES).decode("utf-8", errors="ignore")
+    symbols = text.partition("\n")[2].split(maxsplit=2 * N_MERGES)
+    return tuple(zip(symbols[: 2 * N_MERGES : 2], symbols[1 : 2 * N_MERGES : 2], strict=True))
 
 
 @lru_cache(maxsize=1)

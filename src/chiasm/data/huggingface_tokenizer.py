@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from chiasm.data.byte_pairs import clean_text, tidy_text
+from chiasm.data.mending import clean_text, tidy_text
 from chiasm.data.report_text import report_words
 from chiasm.data.tokens import MIN_CONTEXT, Tokens, WordSpan, checked_context, checked_texts, to_tokens, warn_if_cut
 from chiasm.data.wordpiece import is_bert_folder, read_bert_folder

@@ -6,16 +6,19 @@ Importing this module does not import torch; only calls that return tensors do.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from chiasm.data.byte_pairs import N_BYTE_IDS, BytePairs, prepare_text, split_words
+from chiasm.data.byte_pairs import FULL_START_ID, N_BYTE_IDS, BytePairs, split_words
 from chiasm.data.huggingface_tokenizer import HuggingFaceTokenizer
+from chiasm.data.mending import SIMPLE_BYTES, prepare_text
 from chiasm.data.tokens import (
     Tokens,
     TruncationWarning,
@@ -40,8 +43,7 @@ __all__ = [
     "make_tokenizer",
 ]
 
-
-_ACCELERATED_BATCH = 8  # below this, converting the batch costs more than it saves
+_SELF_CHECK = "accelerator_check.json"
 
 
 @runtime_checkable
@@ -135,7 +137,7 @@ class ClipTokenizer:
     Args:
         context_length: Ids of a row, special tokens included.
         keep: Ids of the merged pieces that exist (see :class:`~chiasm.data.byte_pairs.BytePairs`); None: all 48,894.
-        accelerate: Use ``instant-clip-tokenizer`` for large batches if it is installed and agrees on a self-check.
+        accelerate: Use ``instant-clip-tokenizer`` for ASCII texts if it is installed and agrees on a self-check.
 
     Deviations from open_clip: cut texts are reported; no optional cleaning or masking strategies.
     """
@@ -145,7 +147,7 @@ class ClipTokenizer:
 
     def __init__(self, context_length: int = 77, *, keep: Iterable[int] | None = None, accelerate: bool = True) -> None:
         self.context_length = checked_context(context_length)
-        self._pairs = _full_pairs() if keep is None else BytePairs(keep)
+        self._kept = None if keep is None else BytePairs(keep)
         self._accelerate = accelerate and keep is None
 
     @classmethod
@@ -162,24 +164,29 @@ class ClipTokenizer:
         return cls(context_length, keep=sorted(seen))
 
     @property
+    def _pairs(self) -> BytePairs:
+        # The full vocabulary takes 0.1 s to read, which an accelerated tokenizer need not.
+        return _full_pairs() if self._kept is None else self._kept
+
+    @property
     def vocab_size(self) -> int:
         """Number of ids, special tokens included: 49,408 for the full vocabulary."""
-        return self._pairs.size
+        return self.eot_id + 1
 
     @property
     def sot_id(self) -> int:
         """The id that starts every row."""
-        return self._pairs.start_id
+        return FULL_START_ID if self._kept is None else self._kept.start_id
 
     @property
     def eot_id(self) -> int:
         """The id that ends every text; the largest of all."""
-        return self._pairs.end_id
+        return self.sot_id + 1
 
     @property
     def keep(self) -> tuple[int, ...] | None:
         """Ids (of the full vocabulary) of the merged pieces that exist; None when all do."""
-        return self._pairs.keep
+        return None if self._kept is None else self._kept.keep
 
     def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> torch.Tensor:
         """Return ids (n, context) int64, padded with 0; texts that were cut raise a :class:`TruncationWarning`."""
@@ -188,29 +195,33 @@ class ClipTokenizer:
     def encode(self, texts: str | Sequence[str], context_length: int | None = None) -> Tokens:
         """Return ids, lengths and the rows that were cut."""
         context = self.context_length if context_length is None else checked_context(context_length)
-        cleaned = [prepare_text(text) for text in checked_texts(texts)]
-        matrix = np.zeros((len(cleaned), context + 1), dtype=np.int64)  # one id more, to see which texts do not fit
+        rows = checked_texts(texts)
+        columns = context + 1  # one id more, to see which texts do not fit
+        fast = _accelerator() if self._accelerate and rows else None
+        if fast is not None and _are_simple(rows):
+            matrix: NDArray[Any] = fast.tokenize_batch(rows, context_length=columns)
+            return to_tokens(matrix, self._lengths(matrix), context, end=self.eot_id)
+        cleaned = [prepare_text(text) for text in rows]
+        matrix = np.zeros((len(cleaned), columns), dtype=np.int64)
         lengths = np.zeros(len(cleaned), dtype=np.int64)
-        remaining = self._fill_fast(cleaned, matrix, lengths)
-        start, end, encode = self.sot_id, self.eot_id, self._pairs.encode_cleaned
+        remaining: Sequence[int] = range(len(cleaned))
+        if fast is not None:
+            ascii_rows = [i for i, text in enumerate(cleaned) if text.isascii()]
+            remaining = [i for i, text in enumerate(cleaned) if not text.isascii()]
+            if ascii_rows:
+                ids = fast.tokenize_batch([cleaned[i] for i in ascii_rows], context_length=columns)
+                matrix[ascii_rows], lengths[ascii_rows] = ids, self._lengths(ids)
+        start, end = self.sot_id, self.eot_id
         for i in remaining:
-            ids = [start, *encode(cleaned[i]), end]
-            lengths[i] = len(ids)
-            matrix[i, : len(ids)] = ids[: context + 1]
+            row = [start, *self._pairs.encode_cleaned(cleaned[i]), end]
+            lengths[i] = len(row)
+            matrix[i, : len(row)] = row[:columns]
         return to_tokens(matrix, lengths, context, end=end)
 
-    def _fill_fast(self, cleaned: list[str], matrix: NDArray[np.int64], lengths: NDArray[np.int64]) -> Sequence[int]:
-        """Encode the ASCII texts of a large batch by the accelerator, where there is one; return the other rows."""
-        fast = _accelerator() if self._accelerate and len(cleaned) >= _ACCELERATED_BATCH else None
-        rows = [i for i, text in enumerate(cleaned) if text.isascii()] if fast is not None else []
-        if fast is None or not rows:
-            return range(len(cleaned))
-        columns = matrix.shape[1]
-        ids = fast.tokenize_batch([cleaned[i] for i in rows], context_length=columns)
-        matrix[rows] = ids
-        # The last end token counts: a text may hold a literal one.
-        lengths[rows] = columns - (ids[:, ::-1] == self.eot_id).argmax(axis=1)
-        return [i for i, text in enumerate(cleaned) if not text.isascii()]
+    def _lengths(self, ids: NDArray[Any]) -> NDArray[np.int64]:
+        """Ids of each row up to its last end token: a text may hold a literal one."""
+        lengths: NDArray[np.int64] = ids.shape[1] - (ids[:, ::-1] == self.eot_id).argmax(axis=1)
+        return lengths
 
     def encode_ids(self, texts: str | Sequence[str]) -> list[list[int]]:
         """Return the ids of each text between its special tokens, neither cut nor padded, without torch."""
@@ -261,21 +272,19 @@ def _full_pairs() -> BytePairs:
     return BytePairs()
 
 
-_SELF_CHECK = (
-    "", "a", "a chest radiograph", "Left-sided pneumothorax, 3 cm.", "no evidence of pleural effusion!",
-    "the patient's heart isn't enlarged; they've we'll I'm he'd you're", "T2-weighted FLAIR 0123456789", "\t\r\n x \n",
-    "CT/MR (1.5T) @ 50% #7 *~^_`{|}[]<>=+", "'S 'T 'RE 'quoted' ''s 's's", "supercalifragilisticexpialidocious",
-    "</w> < / w > a</w>b", "...!!!???", "$100,000.00 -- #hashtag @user", "x" * 40, "a b c " * 40,
-)  # fmt: skip
+def _are_simple(texts: list[str]) -> bool:
+    """Whether no text is changed by the cleaning, as most batches are; without ``&``, which is looked at text by text."""
+    joined = "\n".join(texts)
+    return joined.isascii() and not joined.encode("ascii").translate(None, SIMPLE_BYTES)
 
 
 @lru_cache(maxsize=1)
 def _accelerator() -> Any | None:
-    """Return the compiled tokenizer if it is installed and agrees with ours on texts of every kind, else None."""
+    """Return the compiled tokenizer if it is installed and gives the stored ids of texts of every kind, else None."""
     try:
         import instant_clip_tokenizer
     except ImportError:
         return None
     fast = instant_clip_tokenizer.Tokenizer()
-    ours = _full_pairs()
-    return fast if all(fast.encode(text) == ours.encode(text) for text in _SELF_CHECK) else None
+    stored = json.loads((files("chiasm.data") / "vocabulary" / _SELF_CHECK).read_text(encoding="ascii"))
+    return fast if all(fast.encode(text) == ids for text, ids in stored) else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,12 +68,12 @@ def checked_texts(texts: str | Sequence[str]) -> list[str]:
     return rows
 
 
-def to_tokens(matrix: NDArray[np.int64], lengths: NDArray[np.int64], context: int, *, end: int | None = None) -> Tokens:
+def to_tokens(matrix: NDArray[Any], lengths: NDArray[np.int64], context: int, *, end: int | None = None) -> Tokens:
     """Cut rows to the context, put the end token last in those that were cut, and wrap all as tensors."""
     import torch
 
     cut = np.flatnonzero(lengths > context)
-    ids = np.ascontiguousarray(matrix[:, :context])
+    ids = np.array(matrix[:, :context], dtype=np.int64, order="C")
     if end is not None:
         ids[cut, -1] = end
     return Tokens(torch.from_numpy(ids), torch.from_numpy(np.minimum(lengths, context)), tuple(int(i) for i in cut))
