@@ -52,7 +52,7 @@ class ProjectedTextTower(nn.Module):
         if isinstance(self.transformer, TextTransformer):
             embedded: Tensor = self.proj(self.transformer(ids, lengths))
             return embedded
-        lengths = self._lengths(ids) if lengths is None else check_lengths(ids, lengths)
+        lengths = self.text_lengths(ids, lengths)
         if self.can_trim and len(ids):
             ids = ids[:, : int(lengths.max())]
         mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
@@ -63,7 +63,14 @@ class ProjectedTextTower(nn.Module):
         """Return what still trains when the tower is locked."""
         return list(self.proj.parameters())
 
-    def _lengths(self, ids: Tensor) -> Tensor:
+    def text_lengths(self, ids: Tensor, lengths: Tensor | None) -> Tensor:
+        """Return the tokens of each text, (batch,): those given, or what is not padding, at least one.
+
+        Raises:
+            InputError: Lengths that do not fit, or none where the tower does not state its padding id.
+        """
+        if lengths is not None:
+            return check_lengths(ids, lengths)
         pad_id = getattr(self.transformer, "pad_id", None)
         if pad_id is None:
             raise InputError(

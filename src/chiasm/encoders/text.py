@@ -72,12 +72,7 @@ def text_features(parts: TextParts, ids: Tensor, lengths: Tensor | None = None) 
         InputError: Ids of a wrong shape, lengths outside of them, or no end-of-text token where lengths are missing.
     """
     plan = parts.text_plan
-    if plan.pool == "appended" and ids.ndim == 2 and ids.shape[1] == plan.context_length + 1 and not ids[:, -1].any():
-        ids = ids[:, :-1]
-    _check_ids(ids, plan)
-    needs_lengths = plan.pool in ("eot", "mean")
-    if needs_lengths:
-        lengths = check_lengths(ids, lengths) if lengths is not None else lengths_from_eot(ids, plan.eot_id)
+    ids, lengths = check_texts(ids, lengths, plan)
     if plan.can_trim and lengths is not None and len(ids):
         ids = ids[:, : int(lengths.max())]
     if plan.pool == "appended":
@@ -90,6 +85,20 @@ def text_features(parts: TextParts, ids: Tensor, lengths: Tensor | None = None) 
     x = parts.transformer(x, causal=plan.causal, mask=mask)
     pooled = _pool(parts, x, lengths)
     return pooled if parts.text_projection is None else pooled @ parts.text_projection
+
+
+def check_texts(ids: Tensor, lengths: Tensor | None, plan: TextPlan) -> tuple[Tensor, Tensor | None]:
+    """Return the ids as the tower reads them, and the lengths: found where they are missing, None where unused.
+
+    Raises:
+        InputError: As :func:`text_features`.
+    """
+    if plan.pool == "appended" and ids.ndim == 2 and ids.shape[1] == plan.context_length + 1 and not ids[:, -1].any():
+        ids = ids[:, :-1]
+    _check_ids(ids, plan)
+    if plan.pool not in ("eot", "mean"):
+        return ids, None
+    return ids, check_lengths(ids, lengths) if lengths is not None else lengths_from_eot(ids, plan.eot_id)
 
 
 def appended_mask(ids: Tensor, kind: Literal["published", "correct"]) -> Tensor:

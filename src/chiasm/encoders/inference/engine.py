@@ -7,7 +7,7 @@ foreign one, an adapted one, half-precision weights) runs as the model does, and
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from chiasm.encoders.ensemble import EnsembleModel, side_by_side
 from chiasm.encoders.image_side import ProjectedImageTower
 from chiasm.encoders.inference.packed import NotPackable, require_plain
 from chiasm.encoders.precision import Precision
+from chiasm.encoders.text import TextTransformer
 from chiasm.encoders.vit import VisionTransformer
 
 T = TypeVar("T")
@@ -109,6 +110,24 @@ def text_form(model: DualEncoder, dtype: torch.dtype) -> TextForm:
     if isinstance(model, EnsembleModel):
         members = [text_form(member, dtype) for member in model.models()]
         return lambda ids, lengths: side_by_side([form(ids, lengths) for form in members])
-    if isinstance(model.text, ProjectedTextTower):
-        raise NotPackable(f"{type(model.text.transformer).__name__} has no fast form")
-    raise NotPackable("the text tower has no fast form")
+    require_plain(model, DualEncoder)
+    side: Any = model.text
+    if isinstance(side, ProjectedTextTower):
+        if not isinstance(side.transformer, TextTransformer):
+            from chiasm.encoders.inference.bert import PackedBertTower
+
+            return PackedBertTower(side, dtype=dtype)
+        require_plain(side, ProjectedTextTower)
+        require_plain(side.transformer, TextTransformer)
+        trunk, proj = text_parts_form(side.transformer, dtype), side.proj
+        return lambda ids, lengths=None: proj(trunk(ids, lengths))
+    if side is not None:
+        raise NotPackable(f"{type(side).__name__} has no fast form")
+    return text_parts_form(model, dtype)
+
+
+def text_parts_form(parts: Any, dtype: torch.dtype) -> TextForm:
+    """Return the fast form of whatever holds the parts of a native text tower; see :class:`PackedText`."""
+    from chiasm.encoders.inference.text import PackedText
+
+    return PackedText(parts, dtype=dtype)
