@@ -96,6 +96,20 @@ def test_whole_batches_have_the_bits_of_an_uninterrupted_run() -> None:
         np.testing.assert_array_equal(vector, whole[row])
 
 
+def test_a_batch_of_one_has_the_same_bits_first_and_last() -> None:
+    """A resumed run may begin with the single row of a last batch; the encoder's first call must not be special."""
+    whole = list(image_stream(5).run(range(5)))
+    rest = list(image_stream(5).run([4]))
+    np.testing.assert_array_equal(rest[0].vectors, whole[1].vectors)
+    texts: list[str | None] = [f"text {i}" for i in range(7)]
+    both = list(text_stream(texts, Watched()).run(range(7)))
+    last = list(text_stream(texts, Watched()).run([6]))
+    np.testing.assert_array_equal(last[0].vectors, both[1].vectors)
+    for stream in (image_stream(5), text_stream(texts, Watched())):
+        list(stream.run([]))
+        assert stream.encoder._engine is None, "weights are laid out although nothing is wanted"
+
+
 class Shaped(Watched):
     """Its preprocessing gives pixels of another size than it declares."""
 

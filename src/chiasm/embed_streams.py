@@ -89,6 +89,8 @@ class ImageStream:
         cuts: dict[int, list[int]] = {}
         for row in wanted:
             cuts.setdefault(row // self.batch_size, []).append(row)
+        if cuts:
+            self.encoder.prepare()
         device = self.encoder.device
         size = self.encoder.preprocess_spec.size
         batches = PixelBatches(
@@ -191,6 +193,8 @@ class TextStream:
         for row in wanted:
             cuts.setdefault(row // self.window, []).append(row)
         windows = [rows for _, rows in sorted(cuts.items())]
+        if windows:
+            self.encoder.prepare()
         if len(windows) < 2:
             for rows in windows:
                 yield from self._embed(self._tokenize(rows))
