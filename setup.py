@@ -1,8 +1,9 @@
-"""The one compiled file: the bicubic resize of ``chiasm.data.bicubic``. Everything else stands in pyproject.toml.
+"""The two compiled files: the bicubic resize of ``chiasm.data.bicubic`` and the int8 products of
+``chiasm.tasks.int8_scan``. Everything else stands in pyproject.toml.
 
-It is optional: without a C compiler, or on another processor than x86-64, the package installs without it and Pillow
-resizes, with the same bits. The file is no Python module but a shared library that ctypes loads; it is built as an
-extension because installers know how to build, place and skip those.
+They are optional: without a C compiler the package installs without them, Pillow resizes with the same bits (also on
+another processor than x86-64) and torch or fp32 searches with the same answer. The files are no Python modules but shared
+libraries that ctypes loads; they are built as extensions because installers know how to build, place and skip those.
 """
 
 from setuptools import Extension, setup
@@ -15,6 +16,12 @@ setup(
             # Fused multiplications would change the last bit of a weight.
             extra_compile_args=["-O3", "-ffp-contract=off", "-fvisibility=hidden"],
             optional=True,
-        )
+        ),
+        Extension(
+            "chiasm.tasks._int8_scan",
+            ["src/chiasm/tasks/int8_scan.c"],
+            extra_compile_args=["-O3", "-fvisibility=hidden"],
+            optional=True,
+        ),
     ]
 )

@@ -8,11 +8,14 @@ given error, still be among the best k; so the answer does not depend on blocks,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 RESCORE_VALUES = 2**19  # fp64 numbers held while candidates are scored again: 4 MiB a side, which caches hold
+
+Number = TypeVar("Number", np.float32, np.int32)
 
 #: Positions in a block (queries, columns of it) -> their fp64 scores.
 Exact = Callable[[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float64]]
@@ -72,6 +75,18 @@ class TopRows:
         for part in _chunks(len(query), width):
             self._merge(query[part], rows[column[part]], exact(query[part], column[part]))
 
+    def take(self, query: NDArray[np.int64], rows: NDArray[np.int64], exact: Exact, *, width: int) -> None:
+        """Score some cells exactly and take them in; none of them twice.
+
+        Args:
+            query: Of each cell.
+            rows: Number of each cell's row, which is also what ``exact`` is given.
+            exact: Scores cells.
+            width: As for :meth:`add`.
+        """
+        for part in _chunks(len(query), width):
+            self._merge(query[part], rows[part], exact(query[part], rows[part]))
+
     def _raise_threshold(
         self, rough: NDArray[np.float32], threshold: NDArray[np.float64], which: NDArray[np.bool_], error: float
     ) -> None:
@@ -103,13 +118,13 @@ def _cells_above(
     return query, column
 
 
-def kth_best(rough: NDArray[np.float32], k: int) -> NDArray[np.float32]:
+def kth_best(rough: NDArray[Number], k: int) -> NDArray[Number]:
     """Return a lower bound of the k-th best score of each query, tight unless several of the best share a stripe.
 
     Columns are dealt out to stripes; the k-th best of the stripes' maxima belongs to k different columns.
     """
     if k == 1:
-        top: NDArray[np.float32] = rough.max(axis=1)
+        top: NDArray[Number] = rough.max(axis=1)
         return top
     n, columns = rough.shape
     stripes = max(256, 16 * k)
@@ -117,7 +132,7 @@ def kth_best(rough: NDArray[np.float32], k: int) -> NDArray[np.float32]:
     if depth >= 2:
         rough = rough[:, : depth * stripes].reshape(n, depth, stripes).max(axis=1)
     place = rough.shape[1] - k
-    best: NDArray[np.float32] = np.partition(rough, place, axis=1)[:, place]
+    best: NDArray[Number] = np.partition(rough, place, axis=1)[:, place]
     return best
 
 

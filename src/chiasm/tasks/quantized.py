@@ -1,0 +1,430 @@
+"""An int8 copy of a corpus that proves which rows can be among the best k, so that only those are scored in fp64.
+
+Comes in: vectors, once; then unit queries. Goes out: candidate rows of every query, with no row of the exact top k
+missing, or the word that a query has too many.
+
+A row x is kept as int8 codes c with x = centre + scale * c + e, beside |e| and |scale * c|, both rounded up. A query is
+q = t * p + f with int8 p. Then q.x = q.centre + scale * t * (p.c) + f.(scale * c) + q.e, where p.c is exact in int32, so
+by Cauchy and Schwarz q.x differs from the first two terms by at most |f| |scale * c| + |q| |e|. A row whose score plus
+that bound lies below the k-th best score minus bound cannot be an answer. The centre is the mean: vectors of a CLIP lie in a
+narrow cone, and what is left without it is shorter, so its codes are finer.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chiasm.errors import InputError
+from chiasm.io.mapped_vectors import release_pages
+from chiasm.tasks.int8_scan import (
+    MAX_WIDTH,
+    WIDTH_STEP,
+    Product,
+    best_product,
+    compiled_product,
+    default_threads,
+)
+from chiasm.tasks.top_rows import dot_error, kth_best
+
+#: Rows that share one largest error.
+GRANULE = 1024
+_BUILD_ROWS = 1024
+_SAMPLE_ROWS = 2048
+_CLIP = 0.9999  # of the sampled values; what is clipped is counted in the error like all the rest
+_QUERY_ROWS = 256
+_SCORES = 2**19  # int32 scores held a thread: 2 MiB, which caches hold
+_HIDDEN = np.iinfo(np.int32).min
+_NEVER = np.iinfo(np.int32).max
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedCorpus:
+    """Unit rows as int8, with what was lost.
+
+    Attributes:
+        codes: int8, (n, width): in -127..127; width is the dimension padded with zeros to a multiple of 64. May be
+            memory-mapped.
+        error: float32, (n,): upper bound of the norm of what the codes leave out, rounding of fp32 included.
+        length: float32, (n,): upper bound of the norm of scale * codes.
+        centre: float32, (dim,): what was subtracted before.
+        scale: What a code of 1 stands for.
+    """
+
+    codes: NDArray[np.int8]
+    error: NDArray[np.float32]
+    length: NDArray[np.float32]
+    centre: NDArray[np.float32]
+    scale: float
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    @cached_property
+    def largest(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Largest error and length of every 1,024 rows."""
+        starts = np.arange(0, len(self), GRANULE)
+        return np.maximum.reduceat(self.error, starts), np.maximum.reduceat(self.length, starts)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Rows that may be among the best k; every row that is among them is here, unless its query is crowded.
+
+    Attributes:
+        query: int64: which query.
+        row: int64: which row of the corpus.
+        score: fp64: its score by the codes.
+        upper: fp64: the exact score is at most this.
+        crowded: bool, (queries,): these had too many; they have no candidates here and are to be searched otherwise.
+    """
+
+    query: NDArray[np.int64]
+    row: NDArray[np.int64]
+    score: NDArray[np.float64]
+    upper: NDArray[np.float64]
+    crowded: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class HiddenCells:
+    """Cells (query, row) that may not be found, sorted by row."""
+
+    row: NDArray[np.int64]
+    query: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, rows: list[NDArray[np.int64]]) -> HiddenCells:
+        """Make them of the hidden rows of each query."""
+        row = np.concatenate([*rows, np.empty(0, np.int64)])
+        query = np.repeat(np.arange(len(rows)), [len(r) for r in rows])
+        order = np.argsort(row, kind="stable")
+        return cls(row[order], query[order])
+
+    def queries(self, first: int, last: int) -> HiddenCells:
+        """Return the cells of some queries, counted from the first of them."""
+        inside = (self.query >= first) & (self.query < last)
+        return HiddenCells(self.row[inside], self.query[inside] - first)
+
+    def rows(self, first: int, last: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return queries and columns of the cells in some rows, columns counted from the first of them."""
+        part = slice(*np.searchsorted(self.row, (first, last)))
+        return self.query[part], self.row[part] - first
+
+
+def row_norms(block: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the norms of raw rows.
+
+    Raises:
+        InputError: A row is all zero.
+    """
+    norms: NDArray[np.float32] = np.sqrt(np.einsum("nd,nd->n", block, block))
+    if (norms < 1e-12).any():
+        raise InputError("a row of the corpus is all zero, so it has no direction")
+    return norms
+
+
+def not_finite(first: int, last: int) -> InputError:
+    """Return the error for damaged values in rows ``first`` to ``last - 1``."""
+    return InputError(
+        f"the corpus holds values that are not finite, in rows {first} to {last - 1}", hint="embed these rows again"
+    )
+
+
+def padded_width(dim: int) -> int:
+    """Return the width of the codes."""
+    return -(-dim // WIDTH_STEP) * WIDTH_STEP
+
+
+def quantize(
+    vectors: NDArray[np.float32],
+    *,
+    normalized: bool,
+    threads: int | None = None,
+    write: Callable[[int, NDArray[np.int8]], None] | None = None,
+) -> QuantizedCorpus:
+    """Return the int8 copy of a corpus.
+
+    Args:
+        vectors: (n, dim), n at least 1; may be memory-mapped: pages that were read are given back.
+        normalized: False: rows are divided by their norms first.
+        threads: At once; None: as many as torch or the machine has.
+        write: Is given the first row and the codes of every block, in any order and from several threads; then no codes
+            are kept in memory, and ``codes`` of the result is empty.
+
+    Raises:
+        InputError: A value is not finite, or a raw row is all zero.
+    """
+    n, dim = vectors.shape
+    centre, scale = _centre_and_scale(vectors, normalized=normalized)
+    width = padded_width(dim)
+    codes = np.zeros((n if write is None else 0, width), np.int8)
+    error, length = np.empty(n, np.float32), np.empty(n, np.float32)
+    around = max(1.0, float(np.linalg.norm(centre)))
+    room = threading.local()
+
+    def block(first: int) -> None:
+        last = min(first + _BUILD_ROWS, n)
+        if not hasattr(room, "rest"):
+            room.rest, room.rounded = (np.empty((_BUILD_ROWS, dim), np.float32) for _ in range(2))
+        rest, rounded = room.rest[: last - first], room.rounded[: last - first]
+        rows = vectors[first:last]
+        _round(rows, centre, scale, rest, rounded, normalized=normalized)
+        found = codes[first:last] if write is None else np.zeros((last - first, width), np.int8)
+        with np.errstate(invalid="ignore"):  # NaN is told below
+            found[:, :dim] = rounded
+        rounded *= np.float32(scale)
+        rest -= rounded
+        size = np.sqrt(np.einsum("nd,nd->n", rounded, rounded))
+        lost = np.sqrt(np.einsum("nd,nd->n", rest, rest))
+        if not np.isfinite(lost).all():
+            raise not_finite(first, last)
+        # Both norms, the subtractions and the division are of fp32; dot_error is several times what they can be off.
+        grown = 1 + dot_error(dim)
+        length[first:last] = size * grown
+        error[first:last] = lost * grown + dot_error(dim) * (around + size)
+        if write is not None:
+            write(first, found)
+        release_pages(rows)
+
+    threads = default_threads() if threads is None else threads
+    for _ in _in_threads(block, range(0, n, _BUILD_ROWS), threads):
+        pass
+    return QuantizedCorpus(codes, error, length, centre, scale)
+
+
+def codes_of(
+    vectors: NDArray[np.float32], centre: NDArray[np.float32], scale: float, *, normalized: bool
+) -> NDArray[np.int8]:
+    """Return the codes that :func:`quantize` gives these rows."""
+    n, dim = vectors.shape
+    rest, rounded = np.empty((n, dim), np.float32), np.empty((n, dim), np.float32)
+    _round(vectors, centre, scale, rest, rounded, normalized=normalized)
+    codes = np.zeros((n, padded_width(dim)), np.int8)
+    with np.errstate(invalid="ignore"):
+        codes[:, :dim] = rounded
+    return codes
+
+
+def _round(
+    rows: NDArray[np.float32],
+    centre: NDArray[np.float32],
+    scale: float,
+    rest: NDArray[np.float32],
+    rounded: NDArray[np.float32],
+    *,
+    normalized: bool,
+) -> None:
+    """Write unit rows without the centre to ``rest``, and the same in whole steps to ``rounded``."""
+    if normalized:
+        np.subtract(rows, centre, out=rest)
+    else:
+        np.divide(rows, row_norms(rows)[:, None], out=rest)
+        rest -= centre
+    np.multiply(rest, np.float32(1 / scale), out=rounded)
+    np.rint(rounded, out=rounded)
+    np.clip(rounded, -127, 127, out=rounded)
+
+
+def _centre_and_scale(vectors: NDArray[np.float32], *, normalized: bool) -> tuple[NDArray[np.float32], float]:
+    """Return the mean of a sample of rows, and what a code of 1 stands for."""
+    rows = np.unique(np.linspace(0, len(vectors) - 1, min(len(vectors), _SAMPLE_ROWS)).astype(np.int64))
+    sample = vectors[rows]
+    norms = np.linalg.norm(sample, axis=1)
+    sample = sample[np.isfinite(norms) & (norms > 0)]  # others are told when their block is reached
+    if not normalized:
+        sample = sample / np.linalg.norm(sample, axis=1, keepdims=True)
+    if not len(sample):
+        return np.zeros(vectors.shape[1], np.float32), 1.0
+    centre = sample.mean(axis=0, dtype=np.float64).astype(np.float32)
+    largest = float(np.quantile(np.abs(sample - centre), _CLIP, method="higher"))
+    return centre, float(np.float32(max(largest, 1e-6) / 127))
+
+
+def find_candidates(
+    corpus: QuantizedCorpus,
+    units: NDArray[np.float32],
+    k: int,
+    *,
+    hidden: HiddenCells | None = None,
+    product: Product | None = None,
+    threads: int | None = None,
+) -> Candidates:
+    """Return all rows that may be among the best k of each query.
+
+    Args:
+        corpus: Of :func:`quantize`.
+        units: float32, (queries, dim), of unit norm.
+        k: At most the number of rows.
+        hidden: What may not be found.
+        product: Of int8; None: the best there is.
+        threads: At once, for the compiled product; None: as many as torch or the machine has.
+
+    Raises:
+        RuntimeError: There is no exact int8 product on this machine (:func:`can_scan`).
+    """
+    product = product or best_product()
+    if product is None:
+        raise RuntimeError("no exact int8 product on this machine")
+    threads = default_threads() if threads is None else threads
+    if product is not compiled_product():
+        threads = 1  # torch has threads of its own
+    parts = []
+    for start in range(0, len(units), _QUERY_ROWS):
+        part = units[start : start + _QUERY_ROWS]
+        cells = None if hidden is None else hidden.queries(start, start + len(part))
+        found = _Scan(corpus, part, k, cells, product).run(threads)
+        parts.append(Candidates(found.query + start, found.row, found.score, found.upper, found.crowded))
+    if not parts:
+        return Candidates(*_EMPTY, np.zeros(0, bool))
+    columns = ("query", "row", "score", "upper", "crowded")
+    return Candidates(*(np.concatenate([getattr(p, name) for p in parts]) for name in columns))
+
+
+def can_scan(dim: int) -> bool:
+    """Return whether this machine has an exact int8 product for vectors of this length."""
+    return padded_width(dim) <= MAX_WIDTH and best_product() is not None
+
+
+_Cells = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]
+_EMPTY: _Cells = (np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0), np.empty(0))
+
+
+@dataclass
+class _Scan:
+    """One pass over the codes for some queries."""
+
+    corpus: QuantizedCorpus
+    units: NDArray[np.float32]
+    k: int
+    hidden: HiddenCells | None
+    product: Product
+    _found: list[_Cells] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        m, dim = self.units.shape
+        exact = self.units.astype(np.float64)
+        step = np.maximum(np.abs(exact).max(axis=1), 1e-30) / 127
+        self._codes = np.zeros((m, self.corpus.codes.shape[1]), np.int8)
+        self._codes[:, :dim] = np.clip(np.rint(exact / step[:, None]), -127, 127)
+        lost = exact - step[:, None] * self._codes[:, :dim]
+        self._lost = np.sqrt(np.einsum("nd,nd->n", lost, lost))
+        self._norm = np.sqrt(np.einsum("nd,nd->n", exact, exact)) * (1 + 1e-9)
+        self._offset = exact @ self.corpus.centre.astype(np.float64)
+        self._step = step * self.corpus.scale
+        #: At least k rows have exact scores of at least this.
+        self._sure = np.full(m, -np.inf)
+        self._best = np.full((m, self.k), -np.inf)
+        self._count = np.zeros(m, np.int64)
+        self._crowded = np.zeros(m, bool)
+        self._limit = max(1024, 4 * self.k, len(self.corpus) // 64)
+        self._lock = threading.Lock()
+        self._scores = threading.local()
+
+    def run(self, threads: int) -> Candidates:
+        """Scan all rows."""
+        n, m = len(self.corpus), len(self.units)
+        rows = max(GRANULE, _SCORES // max(m, 1) // GRANULE * GRANULE)
+        rows = min(rows, max(GRANULE, -(-n // threads // GRANULE) * GRANULE))
+        for _ in _in_threads(lambda first: self._block(first, min(first + rows, n)), range(0, n, rows), threads):
+            if self._crowded.all():
+                break
+        query, row, score, half = (np.concatenate(c) for c in zip(_EMPTY, *self._found, strict=True))
+        keep = (score + half >= self._sure[query]) & ~self._crowded[query]
+        return Candidates(query[keep], row[keep], score[keep], (score + half)[keep], self._crowded)
+
+    def _block(self, first: int, last: int) -> None:
+        if self._crowded.all():
+            return
+        m = len(self.units)
+        if getattr(self._scores, "room", None) is None or self._scores.room.size < m * (last - first):
+            self._scores.room = np.empty(m * (last - first), np.int32)
+        scores = self._scores.room[: m * (last - first)].reshape(m, last - first)
+        self.product(self.corpus.codes[first:last], self._codes, scores)
+        if self.hidden is not None:
+            scores[self.hidden.rows(first, last)] = _HIDDEN
+        part = slice(first // GRANULE, -(-last // GRANULE))
+        error, length = (float(values[part].max()) for values in self.corpus.largest)
+        widest = self._norm * error + self._lost * length
+        self._start(scores, widest)
+        sure = self._sure.copy()
+        query, column = _cells(scores, self._integer_threshold(sure - widest))
+        if not len(query):
+            return
+        found = scores[query, column]
+        row = column + first
+        score = self._offset[query] + self._step[query] * found
+        half = self._norm[query] * self.corpus.error[row] + self._lost[query] * self.corpus.length[row]
+        keep = (score + half >= sure[query]) & (found != _HIDDEN)
+        with self._lock:
+            self._take(query[keep], row[keep], score[keep], half[keep])
+
+    def _start(self, scores: NDArray[np.int32], widest: NDArray[np.float64]) -> None:
+        """Give queries without k sure rows the k-th best of this block."""
+        new = np.flatnonzero(~np.isfinite(self._sure) & ~self._crowded)
+        if not len(new) or scores.shape[1] < self.k:
+            return
+        kth = kth_best(scores[new] if len(new) < len(scores) else scores, self.k)
+        sure = np.where(kth == _HIDDEN, -np.inf, self._offset[new] + self._step[new] * kth - widest[new])
+        with self._lock:
+            self._sure[new] = np.maximum(self._sure[new], sure)
+
+    def _integer_threshold(self, least: NDArray[np.float64]) -> NDArray[np.int32]:
+        """Return the int32 score below which a row's score by the codes lies below ``least``."""
+        with np.errstate(invalid="ignore", over="ignore"):
+            value = np.floor((least - self._offset) / self._step) - 1
+        value[self._crowded] = _NEVER
+        return np.clip(value, _HIDDEN + 1, _NEVER).astype(np.int32)
+
+    def _take(
+        self,
+        query: NDArray[np.int64],
+        row: NDArray[np.int64],
+        score: NDArray[np.float64],
+        half: NDArray[np.float64],
+    ) -> None:
+        self._found.append((query, row, score, half))
+        self._count += np.bincount(query, minlength=len(self._count))
+        lower = score - half
+        better = lower > self._best[query, -1]
+        query, lower = query[better], lower[better]
+        touched = np.unique(query)
+        if len(touched):
+            of = np.concatenate([np.repeat(touched, self.k), query])
+            value = np.concatenate([self._best[touched].ravel(), lower])
+            order = np.lexsort((-value, of))
+            starts = np.searchsorted(of[order], touched)
+            self._best[touched] = value[order[starts[:, None] + np.arange(self.k)]]
+            self._sure[touched] = np.maximum(self._sure[touched], self._best[touched, -1])
+        full = self._count > self._limit
+        if full.any():
+            self._recount(full)
+
+    def _recount(self, full: NDArray[np.bool_]) -> None:
+        """Count what is still in question of the queries that have much; those with too much are given up."""
+        query, row, score, half = (np.concatenate(c) for c in zip(*self._found, strict=True))
+        keep = (score + half >= self._sure[query]) & ~self._crowded[query]
+        self._found[:] = [(query[keep], row[keep], score[keep], half[keep])]
+        self._count = np.bincount(query[keep], minlength=len(self._count))
+        self._crowded |= full & (self._count > self._limit // 2)
+
+
+def _cells(scores: NDArray[np.int32], threshold: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    flat = np.flatnonzero(scores >= threshold[:, None])
+    query, column = np.divmod(flat, scores.shape[1])
+    return query, column
+
+
+def _in_threads(call: Callable[[int], None], items: range, threads: int) -> Iterator[None]:
+    """Call with every item; yields as they end, raises the error of the first item that failed."""
+    if threads <= 1 or len(items) == 1:
+        yield from map(call, items)
+        return
+    with ThreadPoolExecutor(min(threads, len(items))) as pool:
+        yield from pool.map(call, items)

@@ -1,0 +1,126 @@
+"""The int8 copy of a corpus on disk, memory-mapped, beside the vectors that it was made of.
+
+Comes in: vectors. Goes out: a :class:`~chiasm.tasks.quantized.QuantizedCorpus` whose codes are mapped. The folder appears
+by a rename, so a killed process leaves a whole copy or none. A copy is used when it has the size of the vectors and gives
+the very codes of some of them; otherwise it is made anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chiasm.errors import InputError
+from chiasm.io.manifest import disk_errors, write_json_atomic
+from chiasm.io.mapped_vectors import STAMP, VECTORS, mapped_file
+from chiasm.tasks.quantized import QuantizedCorpus, codes_of, padded_width, quantize
+
+#: Raised when a copy of before cannot be read as one of now.
+VERSION = 1
+FOLDER = "int8"
+_CHECKED_ROWS = 64
+
+
+def is_whole_store(vectors: NDArray[np.float32]) -> bool:
+    """Return whether these are all vectors that a store keeps mapped, so that a copy may lie beside them."""
+    return _beside(vectors) is not None
+
+
+def open_index(
+    vectors: NDArray[np.float32], *, normalized: bool, folder: str | Path | None = None, make: bool = True
+) -> QuantizedCorpus | None:
+    """Return the int8 copy that is kept on disk, making it when there is none.
+
+    Args:
+        vectors: (n, dim).
+        normalized: Whether rows are used as they are.
+        folder: Where; None: beside the file that the vectors are mapped from.
+        make: False: only look.
+
+    Returns:
+        None where there is none and none was to be made, or the folder cannot be written.
+
+    Raises:
+        InputError: Vectors are damaged.
+    """
+    target = Path(folder) if folder is not None else _beside(vectors)
+    if target is None:
+        return None
+    found = _read(target, vectors, normalized=normalized)
+    if found is not None or not make:
+        return found
+    temporary = target.with_name(f".{target.name}-{os.getpid()}-{threading.get_ident()}")
+    try:
+        with disk_errors("the search index"):
+            temporary.mkdir(parents=True)
+            _write(temporary, vectors, normalized=normalized)
+            shutil.rmtree(target, ignore_errors=True)
+            temporary.rename(target)
+    except (InputError, OSError) as error:
+        if isinstance(error, InputError) and not isinstance(error.__cause__, OSError):
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return _read(target, vectors, normalized=normalized)
+
+
+def _beside(vectors: NDArray[np.float32]) -> Path | None:
+    file = mapped_file(vectors)
+    if file is None or file.name != VECTORS or not (file.parent / STAMP).is_file():
+        return None
+    with suppress(OSError):
+        header = file.stat().st_size - vectors.nbytes
+        if 0 < header < 4096:  # the whole file, not some rows of it
+            return file.parent / FOLDER
+    return None
+
+
+def _write(folder: Path, vectors: NDArray[np.float32], *, normalized: bool) -> None:
+    n, dim = vectors.shape
+    width, lock = padded_width(dim), threading.Lock()
+    with (folder / "codes.npy").open("wb") as file:
+        header = {"descr": "|i1", "fortran_order": False, "shape": (n, width)}
+        np.lib.format.write_array_header_1_0(file, header)
+        begin = file.tell()
+
+        def write(first: int, codes: NDArray[np.int8]) -> None:
+            # Not through a map: a full disk would end the process.
+            with lock:
+                file.seek(begin + first * width)
+                file.write(codes.tobytes())
+
+        index = quantize(vectors, normalized=normalized, write=write)
+    np.save(folder / "rows.npy", np.stack([index.error, index.length]))
+    np.save(folder / "centre.npy", index.centre)
+    facts = {"version": VERSION, "rows": n, "dim": dim, "normalized": normalized, "scale": index.scale}
+    write_json_atomic(folder / "index.json", facts)
+
+
+def _read(folder: Path, vectors: NDArray[np.float32], *, normalized: bool) -> QuantizedCorpus | None:
+    """Return the copy, or None when it is absent, damaged, or of other vectors."""
+    n, dim = vectors.shape
+    try:
+        facts = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        expected = {"version": VERSION, "rows": n, "dim": dim, "normalized": normalized, "scale": facts["scale"]}
+        if facts != expected or not isinstance(facts["scale"], float):
+            return None
+        codes = np.load(folder / "codes.npy", mmap_mode="r", allow_pickle=False)
+        bounds = np.load(folder / "rows.npy", allow_pickle=False)
+        centre = np.load(folder / "centre.npy", allow_pickle=False)
+    except (OSError, ValueError, EOFError, KeyError, TypeError):
+        return None
+    kinds = (codes.dtype, bounds.dtype, centre.dtype) == (np.int8, np.float32, np.float32)
+    shapes = (codes.shape, bounds.shape, centre.shape) == ((n, padded_width(dim)), (2, n), (dim,))
+    if not kinds or not shapes or not (bounds >= 0).all() or not facts["scale"] > 0 or not codes.flags.c_contiguous:
+        return None
+    index = QuantizedCorpus(codes, bounds[0], bounds[1], centre, facts["scale"])
+    rows = np.unique(np.linspace(0, n - 1, min(n, _CHECKED_ROWS)).astype(np.int64))
+    same = np.array_equal(codes_of(vectors[rows], centre, index.scale, normalized=normalized), codes[rows])
+    return index if same else None
