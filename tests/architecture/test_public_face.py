@@ -73,5 +73,8 @@ def test_a_wheel_holds_every_data_file() -> None:
     settings = tomllib.loads((root / "pyproject.toml").read_text())
     package = root / "src" / "chiasm"
     packed = {p for pattern in settings["tool"]["setuptools"]["package-data"]["chiasm"] for p in package.glob(pattern)}
-    files = {p for p in package.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")}
+    built = (".c", ".so", ".pyd")  # of the extensions that setup.py names
+    files = {p for p in package.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc", *built)}
     assert files <= packed, files - packed
+    sources = (root / "setup.py").read_text()
+    assert all(str(p.relative_to(root)) in sources for p in package.rglob("*.c"))
