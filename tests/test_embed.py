@@ -217,6 +217,36 @@ def test_a_store_holds_both_modalities_and_a_second_run_adds_nothing(pictures: l
     assert embed_to_store(encoder(), more, tmp_path / "s", modalities=("text",)).added == {"text": 1}
 
 
+def test_one_store_holds_vectors_of_one_precision(pictures: list[Sample], tmp_path: Path) -> None:
+    plain = encoder()
+    mixed = plain.with_precision("bf16")
+    first = embed_to_store(mixed, pictures[:4], tmp_path / "s")
+    assert (first.precision, open_store(tmp_path / "s").metadata.precision) == ("bf16", "bf16")
+    with pytest.raises(InputError, match="holds vectors computed in bf16, the encoder computes in fp32") as caught:
+        embed_to_store(plain, pictures, tmp_path / "s")
+    assert caught.value.hint == "go on with precision bf16, or choose another folder"
+    assert plain.seen == []
+    assert not (tmp_path / "s" / "rejected.jsonl").read_text()
+    assert embed_to_store(mixed, pictures, tmp_path / "s").added == {"image": 7, "text": 7}
+    embed_to_store(plain, pictures, tmp_path / "p")
+    assert open_store(tmp_path / "p").metadata.precision == "fp32"
+    with pytest.raises(InputError, match="computed in fp32, the encoder computes in bf16"):
+        embed_to_store(mixed, pictures, tmp_path / "p")
+
+
+def test_a_run_tells_its_speed_threads_and_precision(pictures: list[Sample], tmp_path: Path) -> None:
+    done = embed_to_store(encoder(), pictures, tmp_path / "s", modalities=("image",), workers=3)
+    assert set(done.per_second) == {"image"}
+    assert done.per_second["image"] >= round(11 / done.seconds, 1)
+    assert done.threads == {"model": torch.get_num_threads(), "decoding": 3}
+    assert json.loads(json.dumps(done.to_dict()))["per_second"] == dict(done.per_second)
+    assert done.to_dict()["precision"] == "fp32"
+    assert " a second; fp32, " in done.sentence()
+    texts = embed_to_store(encoder(), pictures, tmp_path / "s")
+    assert set(texts.per_second) == {"text"}, "nothing added has no speed"
+    assert set(embed_to_store(encoder(), pictures, tmp_path / "s", modalities=("text",)).threads) == {"model"}
+
+
 def test_a_modality_that_no_sample_has_is_passed_over(pictures: list[Sample], tmp_path: Path) -> None:
     texts = [replace(s, image=None) for s in pictures]
     assert embed_to_store(encoder(), texts, tmp_path / "s").added == {"text": 11}

@@ -164,6 +164,9 @@ def test_batches_of_texts_hold_every_text_once_and_never_too_many_tokens(lengths
     assert sorted(i for b in batches for i in b.tolist()) == list(range(len(lengths)))
     ordered = [int(array[i]) for b in batches for i in b]
     assert ordered == sorted(lengths)
+    if len(lengths) <= batch_size:
+        assert len(batches) == bool(lengths)
+        return
     for batch in batches:
         assert len(batch) == 1 or array[batch].sum() <= TOKENS_PER_IMAGE * batch_size
         assert 1 <= len(batch) <= TEXTS_PER_IMAGE * batch_size
@@ -177,6 +180,7 @@ def test_short_texts_are_many_to_a_batch_and_long_ones_few() -> None:
     assert [len(b) for b in cut_by_tokens(np.full(120, 77), 32)] == [53, 53, 14]
     assert [len(b) for b in cut_by_tokens(np.full(40, 256), 32)] == [16, 16, 8]
     assert [len(b) for b in cut_by_tokens(np.full(2, 512), 1)] == [1, 1]
+    assert [len(b) for b in cut_by_tokens(np.full(32, 512), 32)] == [32]
 
 
 def test_windows_of_texts_are_cut_by_position_and_come_back_in_order() -> None:

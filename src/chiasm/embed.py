@@ -53,6 +53,7 @@ class EmbedSummary:
         seconds: Wall time.
         per_second: Rows a second of wall time, by modality, where any were added.
         threads: CPU threads of ``decoding`` images and of the ``model``.
+        precision: Arithmetic of the encoder.
     """
 
     store: str
@@ -63,6 +64,7 @@ class EmbedSummary:
     seconds: float
     per_second: Mapping[str, float] = field(default_factory=dict)
     threads: Mapping[str, int] = field(default_factory=dict)
+    precision: str = "fp32"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; rejected rows are counted by reason, not named."""
@@ -79,7 +81,7 @@ class EmbedSummary:
             parts.append(summarize_rejected(self.rejected) + " (listed in rejected.jsonl)")
         if self.truncated:
             parts.append(f"{self.truncated} texts were cut to the context")
-        return f"{'; '.join(parts)}; {self.seconds:.1f} s"
+        return f"{'; '.join(parts)}; {self.precision}, {self.seconds:.1f} s"
 
 
 def embed_images(
@@ -182,6 +184,7 @@ def embed_to_store(
 
     Raises:
         SpaceMismatch: The store there holds vectors of another encoder.
+        InputError: The store there holds vectors of another precision.
         InputError: Nothing can be embedded, the disk is full (committed rows stay), or a bad row is fatal.
         KeyboardInterrupt: On Ctrl-C, after the store was closed; the message says how far the run came.
     """
@@ -206,10 +209,12 @@ def embed_to_store(
         encoder.logit_bias,
         encoder.preprocess_spec.to_dict(),
         members=encoder.members,
+        precision=encoder.precision,
     )
     per_second: dict[str, float] = {}
     threads = {"model": torch.get_num_threads()}
     with create_store(path, metadata, exist_ok=resume) as store:
+        _check_precision(store, encoder)
         store.lock()
         try:
             for modality in todo:
@@ -235,7 +240,9 @@ def embed_to_store(
         finally:
             write_rejected(path / "rejected.jsonl", log.items)
     seconds = time.monotonic() - began
-    return EmbedSummary(str(path), added, present, log.items, truncated, seconds, per_second, threads)
+    return EmbedSummary(
+        str(path), added, present, log.items, truncated, seconds, per_second, threads, encoder.precision
+    )
 
 
 def _write(
@@ -340,6 +347,17 @@ def _image_samples(images: Sequence[Sample | Path | str | Image]) -> tuple[list[
 
 def _has(sample: Sample, modality: Modality) -> bool:
     return (sample.image if modality == "image" else sample.text) is not None
+
+
+def _check_precision(store: EmbeddingStore, encoder: Encoder) -> None:
+    """Refuse to add to vectors that were computed in another arithmetic: one row would not mean what another does."""
+    stored = store.metadata.precision
+    if stored != encoder.precision:
+        raise InputError(
+            f"the store in `{store.path.name}` holds vectors computed in {stored}, the encoder computes in "
+            f"{encoder.precision}",
+            hint=f"go on with precision {stored}, or choose another folder",
+        )
 
 
 def _check_ids(samples: Sequence[Sample]) -> None:

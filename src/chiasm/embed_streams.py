@@ -243,8 +243,11 @@ def cut_by_tokens(lengths: NDArray[np.int64], batch_size: int) -> list[NDArray[n
     Args:
         lengths: Tokens of each text.
         batch_size: A batch holds up to ``128 * batch_size`` tokens and ``4 * batch_size`` texts, and at least one text.
+            No more than ``batch_size`` texts altogether are one batch, however long they are.
     """
     order = np.argsort(lengths, kind="stable")
+    if 0 < len(order) <= batch_size:
+        return [order]
     batches: list[NDArray[np.int64]] = []
     first = tokens = 0
     for i, length in enumerate(lengths[order].tolist()):

@@ -36,10 +36,15 @@ class SilentProgress:
 
 
 class RichProgress:
-    """Draws a bar with rate and time left on standard error; use as a context manager."""
+    """Draws a bar with rate and time left on standard error; use as a context manager.
+
+    Args:
+        unit: What is counted; empty: the last word of what each stage is called (``embedding images``: images/s).
+    """
 
     def __init__(self, *, unit: str = "it") -> None:
         self.unit = unit
+        self._counted = unit
         self._bar: _RichBar | None = None
         self._task: TaskID | None = None
 
@@ -56,6 +61,7 @@ class RichProgress:
         from rich.progress import Progress as Bar
 
         self.finish()
+        self._counted = self.unit or description.rpartition(" ")[2]
         console = Console(stderr=True)
         self._bar = Bar(
             TextColumn("{task.description}"),
@@ -78,7 +84,7 @@ class RichProgress:
         note = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in fields.items())
         self._bar.advance(self._task, n)
         speed = self._bar.tasks[0].speed
-        rate = f"{speed:.1f} {self.unit}/s" if speed else ""
+        rate = f"{speed:.1f} {self._counted}/s" if speed else ""
         self._bar.update(self._task, note=note, rate=rate) if note else self._bar.update(self._task, rate=rate)
 
     def finish(self) -> None:

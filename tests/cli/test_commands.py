@@ -122,6 +122,27 @@ def test_embed_then_search_the_store(chiasm: Run, model_dir: Path, phantom_table
     assert "does not say which encoder" in chiasm("retrieval", "--store", folder, code=1)
 
 
+def test_embed_tells_its_speed_and_goes_on_in_the_precision_of_the_store(
+    chiasm: Run, model_dir: Path, phantom_table: Path, tmp_path: Path
+) -> None:
+    words = ("embed", phantom_table, "--out", tmp_path / "store", "--model", model_dir)
+    record = chiasm(*words, "--modality", "image", "--precision", "bf16", "--workers", 1, "--json")
+    assert record["precision"] == "bf16"
+    assert record["threads"]["decoding"] == 1
+    assert record["threads"]["model"] >= 1
+    assert record["per_second"]["image"] > 0
+    refused = chiasm(*words, "--precision", "fp32", code=1)
+    assert "holds vectors computed in bf16, the encoder computes in fp32" in refused
+    assert "hint: go on with precision bf16, or choose another folder" in refused
+    more = chiasm(*words, "--json")
+    assert (more["precision"], more["present"]["image"]) == ("bf16", record["added"]["image"])
+    assert set(more["per_second"]) == {"text"}
+    assert "images added (" in chiasm(*words, "--precision", "bf16")
+    plain = chiasm(*words[:2], "--out", tmp_path / "other", *words[4:], "--precision", "fp32")
+    assert " a second; " in plain
+    assert "fp32, " in plain
+
+
 def test_two_spaces_are_refused(chiasm: Run, model_dir: Path, phantom_table: Path, tmp_path: Path) -> None:
     from chiasm.load import save_encoder
     from chiasm.testing import TinyEncoder

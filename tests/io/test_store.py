@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import chiasm
 from chiasm.errors import FileFormatError, InputError, SpaceMismatch, UnknownName
-from chiasm.io.store import StoreMetadata, create_store, open_store, save_embeddings
+from chiasm.io.store import StoreMetadata, create_store, open_store, save_embeddings, stored_precision
 from chiasm.types import Embeddings, Modality, Space
 
 SPACE = Space("tiny", "abc123", "def456", 4)
@@ -353,3 +353,17 @@ def test_importing_the_store_is_light() -> None:
     code = f"import sys, chiasm.io.store, chiasm.io.clip_retrieval; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_the_precision_is_stored_and_left_out_where_it_is_fp32(tmp_path: Path) -> None:
+    assert stored_precision(tmp_path / "s") is None
+    plain, mixed = StoreMetadata(SPACE), StoreMetadata(SPACE, precision="bf16")
+    assert "precision" not in plain.to_dict()  # as stores were written before it was known
+    assert StoreMetadata.from_dict(plain.to_dict()) == plain
+    assert mixed.to_dict()["precision"] == "bf16"
+    with create_store(tmp_path / "s", mixed) as store:
+        store.append(make(3))
+    assert open_store(tmp_path / "s").metadata == mixed
+    assert stored_precision(tmp_path / "s") == "bf16"
+    save_embeddings(tmp_path / "p", make(3))
+    assert stored_precision(tmp_path / "p") == "fp32"

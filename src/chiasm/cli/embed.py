@@ -15,6 +15,7 @@ from chiasm.cli.output import (
     FamilyOption,
     JsonOption,
     ModelOption,
+    PrecisionOption,
     make_progress,
     print_json,
 )
@@ -33,8 +34,11 @@ def run(
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with a store that exists.")] = True,
     on_bad: Annotated[str, typer.Option("--on-bad", help="skip (listed in rejected.jsonl) or fail.")] = "skip",
     batch_size: BatchOption = 32,
-    workers: Annotated[int, typer.Option("--workers", min=1, help="Threads that decode images.")] = 2,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="Threads that decode images; default: one a CPU.")
+    ] = None,
     device: DeviceOption = "cpu",
+    precision: PrecisionOption = "auto",
     family: FamilyOption = None,
     allow_code: CodeOption = False,
     as_json: JsonOption = False,
@@ -44,7 +48,7 @@ def run(
     from chiasm.embed import embed_to_store
     from chiasm.errors import InputError
     from chiasm.io.clip_retrieval import write_clip_retrieval
-    from chiasm.io.store import open_store
+    from chiasm.io.store import open_store, stored_precision
     from chiasm.types import Modality
 
     kinds: dict[str, tuple[Modality, ...]] = {"both": ("image", "text"), "image": ("image",), "text": ("text",)}
@@ -58,7 +62,9 @@ def run(
     # What is not embedded need not be there: images without captions have vectors, too.
     require = None if modality == "both" else kinds[modality]
     dataset = open_table(source, columns=column, root=root, require=require, on_bad_row=bad)
-    encoder = load_encoder(model, device=device, family=family, allow_code=allow_code)
+    if precision == "auto":  # a store goes on as it began
+        precision = stored_precision(out) or precision
+    encoder = load_encoder(model, device=device, precision=precision, family=family, allow_code=allow_code)
     report = embed_to_store(
         encoder,
         dataset,
@@ -68,7 +74,7 @@ def run(
         on_bad=bad,
         batch_size=batch_size,
         workers=workers,
-        progress=make_progress(as_json, unit="rows"),
+        progress=make_progress(as_json, unit=""),
     )
     if layout == "clip-retrieval":
         write_clip_retrieval(open_store(out), out / "clip-retrieval")

@@ -53,6 +53,7 @@ class StoreMetadata:
         preprocess: The preprocessing behind the digest of the space, for people.
         chiasm_version: Of the writer.
         members: Models that stand side by side in a vector; 1 is left out of the file.
+        precision: Arithmetic in which the encoder computed the vectors; ``fp32`` is left out of the file.
     """
 
     space: Space
@@ -62,6 +63,7 @@ class StoreMetadata:
     preprocess: Mapping[str, Any] = field(default_factory=dict)
     chiasm_version: str = chiasm.__version__
     members: int = 1
+    precision: str = "fp32"
 
     @classmethod
     def of(cls, embeddings: Embeddings, *, preprocess: Mapping[str, Any] | None = None) -> Self:
@@ -74,6 +76,8 @@ class StoreMetadata:
         values = {**dataclasses.asdict(self), "space": self.space.to_dict(), "preprocess": dict(self.preprocess)}
         if self.members == 1:
             del values["members"]
+        if self.precision == "fp32":
+            del values["precision"]
         return values
 
     @classmethod
@@ -370,6 +374,11 @@ def create_store(path: str | Path, metadata: StoreMetadata, *, exist_ok: bool = 
         finally:
             lock.release()
     return create_store(path, metadata)
+
+
+def stored_precision(path: str | Path) -> str | None:
+    """Return the precision in which the vectors of a store were computed, or None where there is no store."""
+    return None if _open_table(Path(path)) is None else open_store(path).metadata.precision
 
 
 def save_embeddings(path: str | Path, *embeddings: Embeddings) -> None:
