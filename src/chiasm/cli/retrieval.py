@@ -124,7 +124,15 @@ def run(
                 "--drop-text is for tables, not for a store", hint="give the table and --model in place of the store"
             )
         corpus = partial(
-            open_vectors, store=store, table=None, split=split, group=group, column=column, root=root, encoder=encoder
+            open_vectors,
+            store=store,
+            table=None,
+            split=split,
+            group=group,
+            column=column,
+            root=root,
+            encoder=encoder,
+            mapped=bool(query),
         )
     else:
         assert table is not None

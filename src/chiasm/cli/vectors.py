@@ -7,6 +7,7 @@ of a row hold its ``split``, ``study`` and ``slide`` where these are known.
 from __future__ import annotations
 
 import dataclasses
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 StoreOption = Annotated[
     Path | None, typer.Option("--store", help="What `chiasm embed` or clip-retrieval wrote; in place of --table.")
 ]
+#: Values (rows × dimensions) from which vectors are mapped: 64 MiB.
+MAPPED_VALUES = 2**24
 LabelOption = Annotated[str, typer.Option("--label", help="Column of the labels.")]
 PageOption = Annotated[
     Path | None,
@@ -49,6 +52,7 @@ def open_vectors(
     allow_code: bool = False,
     as_json: bool = False,
     encoder: Encoder | None = None,
+    mapped: bool = False,
 ) -> Embeddings:
     """Return the embeddings that a command works on, with labels and patients.
 
@@ -68,6 +72,7 @@ def open_vectors(
         allow_code: As ``--allow-code``.
         as_json: No progress bar.
         encoder: Loaded already, in place of ``model``.
+        mapped: Vectors of a large store are mapped from a file in it, for searching.
 
     Raises:
         InputError: Neither or both of table and store, options that do not fit, or nothing left.
@@ -97,7 +102,7 @@ def open_vectors(
             "--column and --root are for tables, not for a store",
             hint="give them to `chiasm embed`, which made the store",
         )
-    return _stored(store, side, split, group, encoder)
+    return _stored(store, side, split, group, encoder, mapped=mapped)
 
 
 def _embedded(
@@ -134,7 +139,13 @@ def _embedded(
 
 
 def _stored(
-    store: Path, side: Literal["image", "text"], split: str | None, group: str | None, encoder: Encoder | None
+    store: Path,
+    side: Literal["image", "text"],
+    split: str | None,
+    group: str | None,
+    encoder: Encoder | None,
+    *,
+    mapped: bool,
 ) -> Embeddings:
     from chiasm.io.clip_retrieval import is_clip_retrieval, read_clip_retrieval
     from chiasm.io.store import open_store
@@ -145,7 +156,11 @@ def _stored(
         found = folder.images if side == "image" else folder.texts
     else:
         with open_store(store) as opened:
-            found = opened.read(side)
+            found = None
+            if mapped and opened.count(side) * opened.space.dim >= MAPPED_VALUES:
+                with suppress(InputError):  # no room, or a store of somebody else
+                    found = opened.read(side, mapped=True)
+            found = opened.read(side) if found is None else found
     if found is None or not len(found):
         raise InputError(f"store `{store.name}` holds no {side}s", hint=f"add them: `chiasm embed --modality {side}`")
     if group is not None:

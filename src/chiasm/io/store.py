@@ -12,21 +12,24 @@ import errno
 import json
 import os
 import shutil
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 import chiasm
 from chiasm.errors import FileFormatError, InputError, SpaceMismatch, UnknownName
 from chiasm.io.manifest import disk_errors, to_json
-from chiasm.types import Embeddings, LabelValue, Modality, Space
+from chiasm.io.mapped_vectors import map_vectors
+from chiasm.io.write_lock import WriteLock
+from chiasm.types import Embeddings, LabelValue, Modality, Space, digest_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -102,7 +105,7 @@ class EmbeddingStore:
         self._table = table
         self._known: dict[Modality, set[str]] | None = None
         self._next_row = 0
-        self._lock: _WriteLock | None = None
+        self._lock: WriteLock | None = None
         self._appends = 0
 
     def __enter__(self) -> Self:
@@ -185,7 +188,12 @@ class EmbeddingStore:
         return len(chunk)
 
     def read(
-        self, modality: Modality, *, columns: Sequence[Column] = COLUMNS, ids: Sequence[str] | None = None
+        self,
+        modality: Modality,
+        *,
+        columns: Sequence[Column] = COLUMNS,
+        ids: Sequence[str] | None = None,
+        mapped: bool = False,
     ) -> Embeddings:
         """Return the rows of one modality in the order in which they were appended, or in the order of ``ids``.
 
@@ -195,27 +203,31 @@ class EmbeddingStore:
             modality: ``image`` or ``text``.
             columns: What to read beside ids and vectors.
             ids: Only these.
+            mapped: Vectors are mapped from a file in the store, which the first such call writes: as large as they are.
 
         Raises:
-            InputError: An id is not stored, or an unknown modality or column.
+            InputError: An id is not stored, an unknown modality or column, or the mapped file cannot be written.
         """
         unknown = [c for c in columns if c not in COLUMNS]
         if unknown:
             raise UnknownName("column of the store", unknown[0], COLUMNS)
         condition = _is_modality(modality)
         n = self.count(modality)
-        vectors = np.empty((n, self.space.dim), np.float32)
+        vectors = self._mapped(modality, n) if mapped and n else np.empty((n, self.space.dim), np.float32)
         order = np.empty(n, np.int64)
         rest: dict[str, list[Any]] = {c: [] for c in ("id", *columns)}
         at = 0
-        for batch in self._scan(["row", "vector", *rest], condition):
+        for batch in self._scan(["row", *([] if mapped else ["vector"]), *rest], condition):
             end = at + batch.num_rows
-            flat = batch["vector"].flatten().to_numpy(zero_copy_only=False)
-            vectors[at:end] = flat.reshape(-1, self.space.dim)
+            if not mapped:
+                vectors[at:end] = _vectors(batch, self.space.dim)
             order[at:end] = batch["row"].to_numpy()
             for name, values in rest.items():
                 values.extend(batch[name].to_pylist())
             at = end
+        if mapped and not (np.diff(order) > 0).all():  # as the mapped vectors are
+            rising = np.argsort(order)
+            order, rest = order[rising], {name: [values[i] for i in rising] for name, values in rest.items()}
         m = self.metadata
         result = Embeddings(
             vectors=vectors,
@@ -238,6 +250,17 @@ class EmbeddingStore:
                 raise InputError(f"{missing} of {len(ids)} ids are not in the store")
             return result.select([place[id] for id in ids])
         return result if n == 0 or (np.diff(order) > 0).all() else result.select(np.argsort(order))
+
+    def _mapped(self, modality: Modality, n: int) -> NDArray[np.float32]:
+        # Files of a table have random names: no other table, and no other version of it, has the same.
+        files = sorted(f.name for f in (self.path / f"{_TABLE}.lance" / "data").glob("*"))
+        batches = partial(self._scan, ["row", "vector"], _is_modality(modality))
+        return map_vectors(
+            self.path / "search" / modality,
+            digest_of([self._table.version, files], 24),
+            (n, self.space.dim),
+            lambda: ((batch["row"].to_numpy(), _vectors(batch, self.space.dim)) for batch in batches()),
+        )
 
     def close(self) -> None:
         """Merge the small files of a run, drop old versions and let others write; a second call does nothing."""
@@ -269,7 +292,7 @@ class EmbeddingStore:
     def _writable(self) -> dict[Modality, set[str]]:
         """Take the lock once, then read what is stored, so that nobody can add between the two."""
         if self._known is None:
-            self._lock = self._lock or _WriteLock(self.path)
+            self._lock = self._lock or WriteLock(self.path)
             self._table.checkout_latest()
             known: dict[Modality, set[str]] = {"image": set(), "text": set()}
             last = -1
@@ -365,7 +388,7 @@ def create_store(path: str | Path, metadata: StoreMetadata, *, exist_ok: bool = 
 
     with disk_errors("the store"):
         path.mkdir(parents=True, exist_ok=True)
-        lock = _WriteLock(path)
+        lock = WriteLock(path)
         try:
             if _open_table(path) is None:
                 # A writer that was killed while it made the table leaves a folder without a version.
@@ -440,6 +463,11 @@ def _to_arrow(e: Embeddings, first_row: int) -> pa.Table:
     return pa.table([columns[name] for name in schema.names], schema=schema)
 
 
+def _vectors(batch: Any, dim: int) -> NDArray[np.float32]:
+    flat: NDArray[np.float32] = batch["vector"].flatten().to_numpy(zero_copy_only=False)
+    return flat.reshape(-1, dim)
+
+
 def _column(rest: Mapping[str, list[Any]], name: str) -> tuple[str | None, ...] | None:
     values = rest.get(name)
     return tuple(values) if values is not None and any(v is not None for v in values) else None
@@ -449,32 +477,3 @@ def _labels(cells: Sequence[str | None]) -> dict[str, tuple[LabelValue, ...]]:
     rows = [json.loads(c) if c else {} for c in cells]
     names = dict.fromkeys(k for row in rows for k in row)
     return {name: tuple(cast(LabelValue, row.get(name)) for row in rows) for name in names}
-
-
-class _WriteLock:
-    """A lock on the folder of a store that the system drops when its process ends, however it ends."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = (path / ".lock").open("a")
-        try:
-            _lock_file(self._file.fileno())
-        except OSError:
-            self._file.close()
-            raise InputError(
-                f"another process writes to the store in `{path.name}`", hint="wait until it is done"
-            ) from None
-
-    def release(self) -> None:
-        """Let others write."""
-        self._file.close()
-
-
-def _lock_file(descriptor: int) -> None:
-    if sys.platform == "win32":
-        import msvcrt
-
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
