@@ -46,7 +46,7 @@ class PackedLinear:
     """act(x Wᵀ + b), for inference.
 
     Args:
-        weight: (out, in), any floating type; it is copied, not kept.
+        weight: (out, in), any floating type; it is laid out anew, not kept (without oneDNN it may be shared).
         bias: (out,), or None.
         dtype: float32 or bfloat16: of the products' inputs and of the result. Sums are float32.
         activation: Applied to the result, before it is rounded to ``dtype``.
@@ -65,7 +65,7 @@ class PackedLinear:
         self.packed = can_pack(dtype)
         self._activation = activation
         with torch.inference_mode():
-            self._bias = None if bias is None else bias.detach().to(dtype).contiguous()
+            self._bias = None if bias is None else bias.detach().to(dtype, copy=self.packed).contiguous()
             plain = weight.detach().to(dtype).contiguous()
             self._weight = _operators()[0](plain, USUAL_ROWS) if self.packed else plain
 
