@@ -1,12 +1,15 @@
 """How fast, how small and how exact are the contrastive losses beside open_clip's and beside one logit matrix?
 
-    python benchmarks/loss.py            N = 1024 ... 16384, several minutes; keeps benchmarks/results/loss.json
-    python benchmarks/loss.py --quick    N = 256 and 1024, half a minute; keeps nothing
-    python benchmarks/loss.py --tiles 64 128 256 512 --sizes 4096     compares tile sizes
+    PYTHONPATH=src .venv-peers/bin/python benchmarks/loss.py           the rows of the speed table
+    PYTHONPATH=src .venv-peers/bin/python benchmarks/loss.py --all     N = 1024 ... 16384, SigLIP and several positives
+                                                                       too; keeps results/loss.json
+    ... --all --quick                     N = 256 and 1024, half a minute; keeps nothing
+    ... --tiles 64 128 256 512 --sizes 4096     compares tile sizes
 
-Forward and backward, float32, D = 512, logit scale 14.28. The peer is open_clip's loss where it can be imported, else
-its formula written out (two logit matrices, cross-entropy); "one matrix" is the formula of transformers. Ratios are
-peer ÷ ours. Beside open_clip: PYTHONPATH=src .venv-peers/bin/python benchmarks/loss.py
+Forward and backward, float32, D = 512, logit scale 14.28. The peer is open_clip's loss (with ``--all`` its formula written
+out where it cannot be imported: two logit matrices, cross-entropy); "one matrix" is the formula of transformers. Ratios
+are peer ÷ ours. ``loss_memory_16k`` is the ratio of the peaks of one step in fresh processes. The error is that of the
+gradient against float64, at the scale of the row and at 100, divided by the peer's own: 1 means no worse than it.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ import timing
 
 timing.wait_passively()
 
-import torch  # noqa: E402 (after wait_passively)
+import cases  # noqa: E402 (after wait_passively)
+import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -169,6 +173,64 @@ def measure_memory(family: str, name: str, n: int) -> float:
     return timing.peak_extra_mb(lambda: step(loss, *large), lambda: step(loss, *small))
 
 
+PEER = "open_clip_torch ClipLoss"
+RIVAL = "transformers clip_loss, one logit matrix"
+#: Pairs of the gradient check: enough for the tiled form.
+CHECKED = 2304
+#: Both errors are a rounding of float32 at the larger scale, so a tenth is no difference.
+NO_WORSE = 1.1
+
+
+def relative_error(n: int) -> tuple[float, dict[str, float]]:
+    """Return our gradient's error ÷ the peer's, the worse of two scales, and the errors themselves."""
+    image, text = make_pairs(n, DIM)
+    losses = {"chiasm": info_nce, "peer": peer_info_nce}
+    found = {
+        f"{name} at {scale:g}": error(loss, info_nce, image, text, scale)
+        for scale in (SCALE, 100.0) for name, loss in losses.items()
+    }  # fmt: skip
+    worst = max(found[f"chiasm at {scale:g}"] / found[f"peer at {scale:g}"] for scale in (SCALE, 100.0))
+    return round(worst, 4), found
+
+
+def time_row(name: str, n: int, repetitions: int) -> cases.Case:
+    pairs = make_pairs(n, DIM)
+    losses = {PEER: peer_info_nce, RIVAL: one_matrix, "chiasm": info_nce}
+    timings = timing.interleave({k: lambda loss=loss: step(loss, *pairs) for k, loss in losses.items()}, repetitions)
+    worst, errors = relative_error(CHECKED)
+    return cases.compare(
+        name, PEER, timings, error=worst, error_kind="gradient error ÷ the peer's", error_bound=NO_WORSE,
+        rivals={RIVAL: 1.05 if n <= 4096 else 1.1}, details={"gradient_errors": errors},
+    )  # fmt: skip
+
+
+def memory_row(name: str, n: int) -> cases.Case:
+    """Peaks of fresh processes, one call each; both ratios hold the ratio of the peaks."""
+    names = {PEER: "open_clip", RIVAL: "one matrix", "chiasm": "ours auto"}
+    peaks = {
+        k: float(str(timing.run_fresh([__file__, "--memory", "info_nce", v, str(n)]).output)) for k, v in names.items()
+    }
+    worst, errors = relative_error(CHECKED)
+    base, rival = (round(peaks[k] / peaks["chiasm"], 2) for k in (PEER, RIVAL))
+    return cases.Case(
+        name, base, base, PEER, 1, worst, "gradient error ÷ the peer's", NO_WORSE, (cases.Rival(RIVAL, rival, rival),), None,
+        {"peak_extra_mib": peaks, "gradient_errors": errors, "ratio_of": "peak memory"},
+    )  # fmt: skip
+
+
+def table_rows(options: argparse.Namespace) -> None:
+    """Measure the rows of the speed table."""
+    if ClipLoss is None:
+        raise SystemExit("open_clip is not installed; run this with .venv-peers/bin/python (`make peers`)")
+    rows = {
+        "loss_4k": lambda: time_row("loss_4k", 4096, options.repetitions),
+        "loss_8k": lambda: time_row("loss_8k", 8192, options.repetitions),
+        "loss_memory_16k": lambda: memory_row("loss_memory_16k", 16384),
+    }
+    found = [make() for name, make in rows.items() if name in (options.case or rows)]
+    cases.report("loss", found, options, ["open_clip_torch", "transformers"])
+
+
 def compare_tiles(sizes: list[int], tiles: list[int]) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for n in sizes:
@@ -181,6 +243,8 @@ def compare_tiles(sizes: list[int], tiles: list[int]) -> list[dict[str, object]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cases.add_options(parser)
+    parser.add_argument("--all", action="store_true", help="all families and sizes in place of the rows of the table")
     parser.add_argument("--quick", action="store_true", help="two small sizes, three repetitions, no file")
     parser.add_argument("--sizes", type=int, nargs="+", help="batch sizes instead of the usual ones")
     parser.add_argument("--tiles", type=int, nargs="+", help="only compare these tile sizes")
@@ -192,6 +256,9 @@ def main() -> None:
     if options.memory:
         family, name, n = options.memory
         print(measure_memory(family, name, int(n)))
+        return
+    if not (options.all or options.tiles):
+        table_rows(options)
         return
     sizes = options.sizes or (QUICK_SIZES if options.quick else SIZES)
     if options.tiles:
