@@ -1,20 +1,21 @@
 """How long from nothing to a result, in fresh processes: ``import``, ``--help``, and the first image and text vectors.
 
-The same random ViT-B/32 weights lie in a chiasm model folder and in a file that open_clip reads; both sides decode a
-640 x 480 JPEG, preprocess it fully, tokenise one prompt and print the first numbers, which must agree. Run it with the
-interpreter of the second environment (``make peers``), which has open_clip; without it only chiasm is timed.
-
     PYTHONPATH=src .venv-peers/bin/python benchmarks/cold_start.py
+
+``cold_start``: the same random ViT-B/32 weights lie in a chiasm model folder and in a file that open_clip reads; both
+sides decode a 640 x 480 JPEG, preprocess it fully, tokenise one prompt and print the first numbers, which must agree. The
+file cache is warm, the first round is thrown away. Beside it: ``import chiasm`` and ``chiasm --help`` with their limits.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import statistics
 import tempfile
 from pathlib import Path
 
-from timing import describe_machine, finish, interleave_fresh, print_table, ratio, run_fresh, wait_passively
+import cases
+from timing import interleave_fresh, ratio, run_fresh, wait_passively
 
 OURS = """
 import json, sys
@@ -25,7 +26,7 @@ image = encoder.encode([Image.open(sys.argv[2])], show_progress_bar=False)
 text = encoder.encode(["a chest film with a large left pleural effusion"], show_progress_bar=False)
 print(json.dumps([image[0, :8].tolist(), text[0, :8].tolist()]))
 """
-PEER = """
+PEER_CODE = """
 import json, sys
 import torch, open_clip
 from PIL import Image
@@ -56,44 +57,57 @@ def make_inputs(folder: Path) -> tuple[Path, Path, Path]:
     return folder / "model", folder / "open_clip_model.safetensors", folder / "image.jpg"
 
 
+PEER = "open_clip_torch fp32"
+#: Wall seconds that a user may wait.
+LIMITS = {"import chiasm": 0.15, "chiasm --help": 0.4}
+HELP = (
+    "import sys; sys.argv = ['chiasm', '--help']; from chiasm.cli import main as m\n"
+    "try: m.main()\nexcept SystemExit: print(0)"
+)
+
+
+def difference(ours: Path, theirs: Path, image: Path) -> float:
+    """Largest difference of the printed numbers, relative to the largest of them."""
+    a = run_fresh(["-c", OURS, str(ours), str(image)]).output
+    b = run_fresh(["-c", PEER_CODE, str(theirs), str(image)]).output
+    assert isinstance(a, list)
+    assert isinstance(b, list)
+    pairs = [(x, y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True)]
+    return max(abs(x - y) for x, y in pairs) / max(abs(y) for _, y in pairs)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="keep the JSON line in this file")
+    cases.add_options(parser)
     options = parser.parse_args()
     wait_passively()
-    has_peer = importlib.util.find_spec("open_clip") is not None
     with tempfile.TemporaryDirectory() as temporary:
         ours, theirs, image = make_inputs(Path(temporary))
-        candidates = {
-            "import chiasm": ["-c", "import chiasm; print(0)"],
-            "chiasm --help": ["-c", "import sys; sys.argv = ['chiasm', '--help']; from chiasm.cli import main as m\n"
-                              "try: m.main()\nexcept SystemExit: print(0)"],
-            "import torch": ["-c", "import torch; print(0)"],
-            "first vectors, chiasm": ["-c", OURS, str(ours), str(image)],
-        }  # fmt: skip
-        if has_peer:
-            candidates["import open_clip"] = ["-c", "import open_clip; print(0)"]
-            candidates["first vectors, open_clip"] = ["-c", PEER, str(theirs), str(image)]
-        timings = interleave_fresh(candidates, options.repetitions)
-        rows = [
-            {"what": name, "cpu s": sorted(t.cpu_s)[len(t.cpu_s) // 2], "wall s": sorted(t.wall_s)[len(t.wall_s) // 2]}
-            for name, t in timings.items()
-        ]
-        print_table("cold start (fresh processes, warm file cache)", rows)
-        result: dict[str, object] = {"benchmark": "cold_start", "rows": rows, "repetitions": options.repetitions}
-        if has_peer:
-            a = run_fresh(["-c", OURS, str(ours), str(image)]).output
-            b = run_fresh(["-c", PEER, str(theirs), str(image)]).output
-            pairs = [(x, y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True)]  # type: ignore[call-overload]
-            scale = max(abs(y) for _, y in pairs)
-            result["ratios"] = {
-                "import": ratio(timings["import open_clip"], timings["import chiasm"]),
-                "first vectors": ratio(timings["first vectors, open_clip"], timings["first vectors, chiasm"]),
-            }
-            result["relative_error"] = max(abs(x - y) for x, y in pairs) / scale
-        result["machine"] = describe_machine(["torch", "open_clip_torch", "transformers", "pillow"])
-        finish(result, options.out)
+        timings = interleave_fresh(
+            {
+                PEER: ["-c", PEER_CODE, str(theirs), str(image)],
+                "chiasm": ["-c", OURS, str(ours), str(image)],
+                "import open_clip": ["-c", "import open_clip; print(0)"],
+                "import torch": ["-c", "import torch; print(0)"],
+                "import chiasm": ["-c", "import chiasm; print(0)"],
+                "chiasm --help": ["-c", HELP],
+            },
+            options.repetitions,
+        )
+        error = difference(ours, theirs, image)
+    seconds = {
+        name: {"cpu_s": round(statistics.median(t.cpu_s), 3), "wall_s": round(statistics.median(t.wall_s), 3)}
+        for name, t in timings.items()
+    }
+    details = {
+        "seconds": seconds,
+        "limits": {k: {"wall_s": limit, "reached": seconds[k]["wall_s"] < limit} for k, limit in LIMITS.items()},
+        "import_chiasm_vs_open_clip": ratio(timings["import open_clip"], timings["import chiasm"]),
+    }
+    case = cases.compare(
+        "cold_start", PEER, timings, error=error, error_kind="relative difference", error_bound=1e-5, details=details
+    )
+    cases.report("cold_start", [case], options, ["open_clip_torch", "transformers", "pillow"])
 
 
 if __name__ == "__main__":
