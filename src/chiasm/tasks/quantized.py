@@ -3,11 +3,16 @@
 Comes in: vectors, once; then unit queries. Goes out: candidate rows of every query, with no row of the exact top k
 missing, or the word that a query has too many.
 
-A row x is kept as int8 codes c with x = centre + scale * c + e, beside |e| and |scale * c|, both rounded up. A query is
-q = t * p + f with int8 p. Then q.x = q.centre + scale * t * (p.c) + f.(scale * c) + q.e, where p.c is exact in int32, so
-by Cauchy and Schwarz q.x differs from the first two terms by at most |f| |scale * c| + |q| |e|. A row whose score plus
-that bound lies below the k-th best score minus bound cannot be an answer. The centre is the mean: vectors of a CLIP lie in a
-narrow cone, and what is left without it is shorter, so its codes are finer.
+A row x is kept as int8 codes c with x = centre + scale * c + e, beside |e|, |scale * c| and u.e, where u is the centre's
+direction. A query is q = t * p + f with int8 p, and q = (q.u) u + r. Then
+
+    q.x = q.centre + scale * t * (p.c) + (q.u)(u.e) + f.(scale * c) + r.e
+
+where p.c is exact in int32, so by Cauchy and Schwarz q.x differs from the first three terms by at most
+|f| |scale * c| + |r| |e|, and what fp32 rounds. A row whose score plus that bound lies below the k-th best score minus
+bound cannot be an answer. The centre is the mean: vectors of a CLIP lie in a narrow cone, and what is left of rows and
+queries without it is shorter. A query that has too many candidates is asked again with p of 15 bits, in two int8
+products, which leaves nearly nothing of f.
 """
 
 from __future__ import annotations
@@ -31,7 +36,7 @@ from chiasm.tasks.int8_scan import (
     compiled_product,
     default_threads,
 )
-from chiasm.tasks.top_rows import dot_error, kth_best
+from chiasm.tasks.top_rows import kth_best
 
 #: Rows that share one largest error.
 GRANULE = 1024
@@ -39,6 +44,7 @@ _BUILD_ROWS = 1024
 _SAMPLE_ROWS = 2048
 _CLIP = 0.9999  # of the sampled values; what is clipped is counted in the error like all the rest
 _QUERY_ROWS = 256
+_FINE_QUERIES = 4  # so few wait for memory, and a second product costs nothing
 _SCORES = 2**19  # int32 scores held a thread: 2 MiB, which caches hold
 _HIDDEN = np.iinfo(np.int32).min
 _NEVER = np.iinfo(np.int32).max
@@ -51,26 +57,35 @@ class QuantizedCorpus:
     Attributes:
         codes: int8, (n, width): in -127..127; width is the dimension padded with zeros to a multiple of 64. May be
             memory-mapped.
-        error: float32, (n,): upper bound of the norm of what the codes leave out, rounding of fp32 included.
+        error: float32, (n,): upper bound of the norm of what the codes leave out.
         length: float32, (n,): upper bound of the norm of scale * codes.
+        lean: float32, (n,): what the codes leave out, along the centre.
         centre: float32, (dim,): what was subtracted before.
         scale: What a code of 1 stands for.
+        rounding: Upper bound of what fp32 did to the score of a query of norm 1 with any row.
     """
 
     codes: NDArray[np.int8]
     error: NDArray[np.float32]
     length: NDArray[np.float32]
+    lean: NDArray[np.float32]
     centre: NDArray[np.float32]
     scale: float
+    rounding: float
 
     def __len__(self) -> int:
         return len(self.codes)
 
     @cached_property
-    def largest(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Largest error and length of every 1,024 rows."""
+    def largest(self) -> tuple[NDArray[np.float32], ...]:
+        """Largest error, length and size of lean of every 1,024 rows."""
         starts = np.arange(0, len(self), GRANULE)
-        return np.maximum.reduceat(self.error, starts), np.maximum.reduceat(self.length, starts)
+        return tuple(np.maximum.reduceat(v, starts) for v in (self.error, self.length, np.abs(self.lean)))
+
+    @cached_property
+    def direction(self) -> NDArray[np.float32]:
+        """Direction of the centre, float32 (dim,)."""
+        return direction_of(self.centre)
 
 
 @dataclass(frozen=True)
@@ -107,10 +122,13 @@ class HiddenCells:
         order = np.argsort(row, kind="stable")
         return cls(row[order], query[order])
 
-    def queries(self, first: int, last: int) -> HiddenCells:
-        """Return the cells of some queries, counted from the first of them."""
-        inside = (self.query >= first) & (self.query < last)
-        return HiddenCells(self.row[inside], self.query[inside] - first)
+    def queries(self, which: NDArray[np.int64]) -> HiddenCells:
+        """Return the cells of some queries (rising), which are numbered anew in that order."""
+        if not len(which):
+            return HiddenCells(self.row[:0], self.query[:0])
+        place = np.minimum(np.searchsorted(which, self.query), len(which) - 1)
+        inside = which[place] == self.query
+        return HiddenCells(self.row[inside], place[inside])
 
     def rows(self, first: int, last: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return queries and columns of the cells in some rows, columns counted from the first of them."""
@@ -165,8 +183,9 @@ def quantize(
     centre, scale = _centre_and_scale(vectors, normalized=normalized)
     width = padded_width(dim)
     codes = np.zeros((n if write is None else 0, width), np.int8)
-    error, length = np.empty(n, np.float32), np.empty(n, np.float32)
-    around = max(1.0, float(np.linalg.norm(centre)))
+    error, length, lean = (np.empty(n, np.float32) for _ in range(3))
+    rounding = np.zeros(-(-n // _BUILD_ROWS))
+    direction = direction_of(centre)
     room = threading.local()
 
     def block(first: int) -> None:
@@ -185,10 +204,14 @@ def quantize(
         lost = np.sqrt(np.einsum("nd,nd->n", rest, rest))
         if not np.isfinite(lost).all():
             raise not_finite(first, last)
-        # Both norms, the subtractions and the division are of fp32; dot_error is several times what they can be off.
-        grown = 1 + dot_error(dim)
-        length[first:last] = size * grown
-        error[first:last] = lost * grown + dot_error(dim) * (around + size)
+        # Sums of dim terms in fp32 are off by at most dim + 2 units of rounding, relative to the norms (Higham 2002).
+        unit = 2.0**-24
+        length[first:last] = size * (1 + (dim + 8) * unit)
+        error[first:last] = lost * (1 + (dim + 8) * unit)
+        lean[first:last] = rest @ direction
+        # Subtractions and products of single values; the sum of lean; the norm that raw rows were divided by.
+        off = 8 * (size + lost) + (dim + 4) * lost + (0 if normalized else dim / 2 + 4)
+        rounding[first // _BUILD_ROWS] = 1.2 * unit * float(off.max())
         if write is not None:
             write(first, found)
         release_pages(rows)
@@ -196,7 +219,14 @@ def quantize(
     threads = default_threads() if threads is None else threads
     for _ in _in_threads(block, range(0, n, _BUILD_ROWS), threads):
         pass
-    return QuantizedCorpus(codes, error, length, centre, scale)
+    return QuantizedCorpus(codes, error, length, lean, centre, scale, float(rounding.max()))
+
+
+def direction_of(centre: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return a vector with unit norm, or zeros where there is no direction."""
+    norm = float(np.linalg.norm(centre.astype(np.float64)))
+    direction: NDArray[np.float32] = (centre / norm if norm > 1e-6 else np.zeros_like(centre)).astype(np.float32)
+    return direction
 
 
 def codes_of(
@@ -275,16 +305,20 @@ def find_candidates(
     threads = default_threads() if threads is None else threads
     if product is not compiled_product():
         threads = 1  # torch has threads of its own
-    parts = []
-    for start in range(0, len(units), _QUERY_ROWS):
-        part = units[start : start + _QUERY_ROWS]
-        cells = None if hidden is None else hidden.queries(start, start + len(part))
-        found = _Scan(corpus, part, k, cells, product).run(threads)
-        parts.append(Candidates(found.query + start, found.row, found.score, found.upper, found.crowded))
-    if not parts:
-        return Candidates(*_EMPTY, np.zeros(0, bool))
-    columns = ("query", "row", "score", "upper", "crowded")
-    return Candidates(*(np.concatenate([getattr(p, name) for p in parts]) for name in columns))
+    cells, rows, crowded = _EMPTY, np.arange(len(units)), np.ones(len(units), dtype=bool)
+    for fine in (False, True):
+        if not fine and len(units) <= _FINE_QUERIES:
+            continue
+        for start in range(0, len(rows), _QUERY_ROWS):
+            some = rows[start : start + _QUERY_ROWS]
+            masked = None if hidden is None else hidden.queries(some)
+            found, given_up = _Scan(corpus, units[some], k, masked, product, fine).run(threads)
+            crowded[some] = given_up
+            found = (some[found[0]], *found[1:])
+            cells = tuple(np.concatenate(c) for c in zip(cells, found, strict=True))  # type: ignore[assignment]
+        rows = np.flatnonzero(crowded)
+    query, row, score, half = cells
+    return Candidates(query, row, score, score + half, crowded)
 
 
 def can_scan(dim: int) -> bool:
@@ -305,17 +339,30 @@ class _Scan:
     k: int
     hidden: HiddenCells | None
     product: Product
+    fine: bool
     _found: list[_Cells] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         m, dim = self.units.shape
         exact = self.units.astype(np.float64)
-        step = np.maximum(np.abs(exact).max(axis=1), 1e-30) / 127
-        self._codes = np.zeros((m, self.corpus.codes.shape[1]), np.int8)
-        self._codes[:, :dim] = np.clip(np.rint(exact / step[:, None]), -127, 127)
-        lost = exact - step[:, None] * self._codes[:, :dim]
+        width = self.corpus.codes.shape[1]
+        # Fine: 128 * high + low; the sums stay within int32.
+        largest = min(127 * 128, (2**31 - 1) // (127 * width)) if self.fine else 127
+        step = np.maximum(np.abs(exact).max(axis=1), 1e-30) / largest
+        whole = np.clip(np.rint(exact / step[:, None]), -largest, largest).astype(np.int32)
+        high = (whole + 64) // 128 if self.fine else whole
+        self._codes = np.zeros((2 * m if self.fine else m, width), np.int8)
+        self._codes[:m, :dim] = high
+        if self.fine:
+            self._codes[m:, :dim] = whole - 128 * high
+        lost = exact - step[:, None] * whole
         self._lost = np.sqrt(np.einsum("nd,nd->n", lost, lost))
-        self._norm = np.sqrt(np.einsum("nd,nd->n", exact, exact)) * (1 + 1e-9)
+        direction = self.corpus.direction.astype(np.float64)
+        self._along = exact @ direction
+        rest = exact - self._along[:, None] * direction
+        self._rest = np.sqrt(np.einsum("nd,nd->n", rest, rest))
+        norm = np.sqrt(np.einsum("nd,nd->n", exact, exact))
+        self._rounding = norm * (self.corpus.rounding + 1e-9)
         self._offset = exact @ self.corpus.centre.astype(np.float64)
         self._step = step * self.corpus.scale
         #: At least k rows have exact scores of at least this.
@@ -327,9 +374,9 @@ class _Scan:
         self._lock = threading.Lock()
         self._scores = threading.local()
 
-    def run(self, threads: int) -> Candidates:
-        """Scan all rows."""
-        n, m = len(self.corpus), len(self.units)
+    def run(self, threads: int) -> tuple[_Cells, NDArray[np.bool_]]:
+        """Scan all rows; return what may be among the best (score and half width), and which queries were given up."""
+        n, m = len(self.corpus), len(self._codes)
         rows = max(GRANULE, _SCORES // max(m, 1) // GRANULE * GRANULE)
         rows = min(rows, max(GRANULE, -(-n // threads // GRANULE) * GRANULE))
         for _ in _in_threads(lambda first: self._block(first, min(first + rows, n)), range(0, n, rows), threads):
@@ -337,21 +384,26 @@ class _Scan:
                 break
         query, row, score, half = (np.concatenate(c) for c in zip(_EMPTY, *self._found, strict=True))
         keep = (score + half >= self._sure[query]) & ~self._crowded[query]
-        return Candidates(query[keep], row[keep], score[keep], (score + half)[keep], self._crowded)
+        return (query[keep], row[keep], score[keep], half[keep]), self._crowded
 
     def _block(self, first: int, last: int) -> None:
         if self._crowded.all():
             return
-        m = len(self.units)
-        if getattr(self._scores, "room", None) is None or self._scores.room.size < m * (last - first):
-            self._scores.room = np.empty(m * (last - first), np.int32)
-        scores = self._scores.room[: m * (last - first)].reshape(m, last - first)
+        m, size = len(self.units), len(self._codes) * (last - first)
+        if getattr(self._scores, "room", None) is None or self._scores.room.size < size:
+            self._scores.room = np.empty(size, np.int32)
+        scores = self._scores.room[:size].reshape(len(self._codes), last - first)
         self.product(self.corpus.codes[first:last], self._codes, scores)
+        if self.fine:
+            high, low = scores[:m], scores[m:]
+            high *= 128
+            high += low
+            scores = high
         if self.hidden is not None:
             scores[self.hidden.rows(first, last)] = _HIDDEN
         part = slice(first // GRANULE, -(-last // GRANULE))
-        error, length = (float(values[part].max()) for values in self.corpus.largest)
-        widest = self._norm * error + self._lost * length
+        error, length, lean = (float(values[part].max()) for values in self.corpus.largest)
+        widest = self._rest * error + self._lost * length + np.abs(self._along) * lean + self._rounding
         self._start(scores, widest)
         sure = self._sure.copy()
         query, column = _cells(scores, self._integer_threshold(sure - widest))
@@ -359,8 +411,9 @@ class _Scan:
             return
         found = scores[query, column]
         row = column + first
-        score = self._offset[query] + self._step[query] * found
-        half = self._norm[query] * self.corpus.error[row] + self._lost[query] * self.corpus.length[row]
+        score = self._offset[query] + self._step[query] * found + self._along[query] * self.corpus.lean[row]
+        half = self._rest[query] * self.corpus.error[row] + self._lost[query] * self.corpus.length[row]
+        half += self._rounding[query]
         keep = (score + half >= sure[query]) & (found != _HIDDEN)
         with self._lock:
             self._take(query[keep], row[keep], score[keep], half[keep])

@@ -230,7 +230,7 @@ def _search(
     for start in range(0, len(queries), _QUERY_ROWS):
         last = min(start + _QUERY_ROWS, len(queries))
         units = unit_vectors(queries.select(np.arange(start, last)), "query")
-        part = None if hidden is None else hidden.queries(start, last)
+        part = None if hidden is None else hidden.queries(np.arange(start, last))
         top = TopRows(len(units), k)
         rest = np.arange(len(units))
         if index is not None and 16 * k <= len(corpus):

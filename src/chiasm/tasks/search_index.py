@@ -97,9 +97,10 @@ def _write(folder: Path, vectors: NDArray[np.float32], *, normalized: bool) -> N
                 file.write(codes.tobytes())
 
         index = quantize(vectors, normalized=normalized, write=write)
-    np.save(folder / "rows.npy", np.stack([index.error, index.length]))
+    np.save(folder / "rows.npy", np.stack([index.error, index.length, index.lean]))
     np.save(folder / "centre.npy", index.centre)
-    facts = {"version": VERSION, "rows": n, "dim": dim, "normalized": normalized, "scale": index.scale}
+    facts = {"version": VERSION, "rows": n, "dim": dim, "normalized": normalized}
+    facts |= {"scale": index.scale, "rounding": index.rounding}
     write_json_atomic(folder / "index.json", facts)
 
 
@@ -108,19 +109,23 @@ def _read(folder: Path, vectors: NDArray[np.float32], *, normalized: bool) -> Qu
     n, dim = vectors.shape
     try:
         facts = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-        expected = {"version": VERSION, "rows": n, "dim": dim, "normalized": normalized, "scale": facts["scale"]}
-        if facts != expected or not isinstance(facts["scale"], float):
+        scale, rounding = facts.pop("scale"), facts.pop("rounding")
+        if facts != {"version": VERSION, "rows": n, "dim": dim, "normalized": normalized}:
+            return None
+        if not (isinstance(scale, float) and isinstance(rounding, float) and scale > 0 and rounding >= 0):
             return None
         codes = np.load(folder / "codes.npy", mmap_mode="r", allow_pickle=False)
         bounds = np.load(folder / "rows.npy", allow_pickle=False)
         centre = np.load(folder / "centre.npy", allow_pickle=False)
-    except (OSError, ValueError, EOFError, KeyError, TypeError):
+    except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError):
         return None
     kinds = (codes.dtype, bounds.dtype, centre.dtype) == (np.int8, np.float32, np.float32)
-    shapes = (codes.shape, bounds.shape, centre.shape) == ((n, padded_width(dim)), (2, n), (dim,))
-    if not kinds or not shapes or not (bounds >= 0).all() or not facts["scale"] > 0 or not codes.flags.c_contiguous:
+    shapes = (codes.shape, bounds.shape, centre.shape) == ((n, padded_width(dim)), (3, n), (dim,))
+    if not kinds or not shapes or not codes.flags.c_contiguous:
         return None
-    index = QuantizedCorpus(codes, bounds[0], bounds[1], centre, facts["scale"])
+    if not np.isfinite(bounds).all() or (bounds[:2] < 0).any() or not np.isfinite(centre).all():
+        return None
+    index = QuantizedCorpus(codes, *bounds, centre, scale, rounding)
     rows = np.unique(np.linspace(0, n - 1, min(n, _CHECKED_ROWS)).astype(np.int64))
     same = np.array_equal(codes_of(vectors[rows], centre, index.scale, normalized=normalized), codes[rows])
     return index if same else None
