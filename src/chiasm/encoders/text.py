@@ -76,14 +76,19 @@ def text_features(parts: TextParts, ids: Tensor, lengths: Tensor | None = None) 
     if plan.can_trim and lengths is not None and len(ids):
         ids = ids[:, : int(lengths.max())]
     if plan.pool == "appended":
-        ids = _without_unseen(ids)
+        ids = without_unseen(ids)
     x, mask = parts.token_embedding(ids) + parts.positional_embedding[: ids.shape[1]], None
     if plan.pool == "appended":
         own = parts.cls_emb.to(x.dtype) + parts.positional_embedding[-1]
         x = torch.cat([x, own.expand(len(x), 1, -1)], dim=1)
         mask = appended_mask(ids, plan.cls_mask)
-    x = parts.transformer(x, causal=plan.causal, mask=mask)
-    pooled = _pool(parts, x, lengths)
+    if plan.pool in ("eot", "last", "appended"):  # one token is read: the last block makes no other
+        rows = lengths - 1 if plan.pool == "eot" and lengths is not None else _last_rows(x)
+        x = parts.transformer(x, causal=plan.causal, mask=mask, last="row", rows=rows)
+        pooled = _norm(parts, x[:, 0])
+    else:
+        x = parts.transformer(x, causal=plan.causal, mask=mask)
+        pooled = _pool(parts, x, lengths)
     return pooled if parts.text_projection is None else pooled @ parts.text_projection
 
 
@@ -113,7 +118,7 @@ def appended_mask(ids: Tensor, kind: Literal["published", "correct"]) -> Tensor:
     return (causal & seen[:, None, :])[:, None]
 
 
-def _without_unseen(ids: Tensor) -> Tensor:
+def without_unseen(ids: Tensor) -> Tensor:
     """Return the ids without the columns that no text and no appended token sees: padding behind the first one.
 
     Exact: the columns are those of the longest text and one more, which the published mask shows to the appended token.
@@ -160,13 +165,14 @@ def _check_ids(ids: Tensor, plan: TextPlan) -> None:
         )
 
 
+def _last_rows(x: Tensor) -> Tensor:
+    return torch.full((len(x),), x.shape[1] - 1, device=x.device)
+
+
 def _pool(parts: TextParts, x: Tensor, lengths: Tensor | None) -> Tensor:
-    pool = parts.text_plan.pool
-    if pool in ("cls", "last", "appended"):
-        return _norm(parts, x[:, 0] if pool == "cls" else x[:, -1])
+    if parts.text_plan.pool == "cls":
+        return _norm(parts, x[:, 0])
     assert lengths is not None
-    if pool == "eot":
-        return _norm(parts, x[torch.arange(len(x), device=x.device), lengths - 1])
     inside = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
     total = torch.where(inside[..., None], _norm(parts, x), 0).sum(1)
     return total / lengths[:, None]

@@ -44,6 +44,7 @@ class Position:
         last: Metrics of the last validation.
         best_metrics: All metrics at ``best_step``.
         done: Whether the run has ended (by its length or by early stopping).
+        precision: What the run trains in; empty in checkpoints that do not say so.
     """
 
     step: int = 0
@@ -55,6 +56,7 @@ class Position:
     last: Mapping[str, float] | None = None
     best_metrics: Mapping[str, float] | None = None
     done: bool = False
+    precision: str = ""
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:

@@ -31,6 +31,7 @@ from chiasm.losses.contrastive import (
     siglip,
 )
 from chiasm.train.distributed import Group, finish_gradients, gather_constants, gather_rows, no_sync, wrap
+from chiasm.train.precision import arithmetic, training_precision
 
 if TYPE_CHECKING:
     import numpy as np
@@ -169,6 +170,7 @@ class ContrastiveTask:
     Attributes:
         model: As given, for saving and validating.
         module: What is called in training.
+        precision: ``fp32`` or ``bf16``, what ``auto`` means here.
     """
 
     def __init__(
@@ -179,6 +181,7 @@ class ContrastiveTask:
         self.group = group or Group()
         self.module = wrap(called or model, self.group, shard=config.run.shard)
         self.device = next(model.parameters()).device
+        self.precision = training_precision(config.optim.precision, self.device)
 
     def backward(self, batch: Pairs, *, weight: float = 1.0, sync: bool = True) -> float:
         """Add the gradients of ``weight`` × loss to the parameters and return the loss.
@@ -220,8 +223,7 @@ class ContrastiveTask:
         return Pairs(batch.pixels.to(self.device, non_blocking=True), tokens, batch.keys)
 
     def _features(self, batch: Pairs) -> dict[str, Tensor]:
-        bf16 = self.config.optim.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext():
+        with arithmetic(self.precision, self.device):
             features: dict[str, Tensor] = self.module(batch.pixels, batch.tokens.ids, batch.tokens.lengths)
         return features
 

@@ -244,13 +244,19 @@ class Loop:
         if self.group.is_main:
             for name in (LAST, BEST):
                 (self.out / name).unlink(missing_ok=True)
-        return Position(seed=self.config.seed, config=self.digest)
+        return Position(seed=self.config.seed, config=self.digest, precision=self.config.optim.precision)
 
     def _resumed(self, optimizer: torch.optim.Optimizer) -> Position | None:
         path = self.out / LAST
         if not path.exists():
             return None
         position = read_position(path)
+        wanted = self.config.optim.precision
+        if position.precision not in ("", wanted):
+            raise CheckpointError(
+                f"the run in this folder trains in {position.precision}, the recipe asks for {wanted}",
+                hint="leave `optim.precision` at `auto`, which keeps what the run began with, or start a new run",
+            )
         if position.config != self.digest:
             raise CheckpointError(
                 "the run in this folder was started with another recipe or other data",

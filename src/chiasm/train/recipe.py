@@ -177,7 +177,9 @@ class OptimConfig:
         accumulate: Batches per step.
         grad_cache_chunk: Pairs per forward pass and process; None: the whole batch.
         clip_norm: Upper bound of the gradient's norm; None: no clipping.
-        precision: ``bf16`` computes the towers under autocast; loss, weights and optimizer stay in float32.
+        precision: ``bf16`` computes the towers under autocast; loss, weights and optimizer stay in float32. ``auto`` is
+            ``bf16`` where this machine multiplies such numbers faster, else ``fp32``; the run's files say which, and a
+            resumed run keeps it.
     """
 
     lr: float = 5e-4
@@ -197,7 +199,7 @@ class OptimConfig:
     accumulate: int = 1
     grad_cache_chunk: int | None = None
     clip_norm: float | None = 1.0
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
 
     def __post_init__(self) -> None:
         _check(self.lr > 0, "optim.lr", f"must be positive, got {self.lr}")

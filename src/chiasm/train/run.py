@@ -43,6 +43,7 @@ from chiasm.train.loop import LAST, Loop, LoopResult
 from chiasm.train.machine import prepare_for_training
 from chiasm.train.optim import lock_parts
 from chiasm.train.pairs import OpenedPairs, PairTable, file_facts, open_pairs
+from chiasm.train.precision import settle_precision
 from chiasm.train.recipe import Recipe, TrainConfig, resolve_augment
 from chiasm.train.sources import ImageBatch, PairRows
 from chiasm.train.text_sources import with_text_files
@@ -68,6 +69,7 @@ class TrainResult:
         seconds: Wall time of this call.
         stopped_early: Whether patience ran out.
         data: Counts of pairs, groups and rejected rows.
+        precision: What the towers trained in, ``fp32`` or ``bf16``.
     """
 
     best_dir: Path
@@ -77,6 +79,7 @@ class TrainResult:
     seconds: float
     stopped_early: bool
     data: Mapping[str, Any]
+    precision: str = "fp32"
 
 
 def train_contrastive(
@@ -105,6 +108,10 @@ def train_contrastive(
         TrainingError: A loss that is not a number, or a disk that is full; the last good checkpoint is kept.
         CheckpointError: ``out`` holds a run with another configuration.
     """
+    last = Path(out) / LAST if resume else None
+    device = next(model.parameters()).device
+    optim = settle_precision(config.optim, device, goes_on_from=last, group=current_group())
+    config = replace(config, optim=optim)
     return _run_loop(model, source, config, Path(out), _Sides(model, validation), resume, progress)
 
 
@@ -168,7 +175,9 @@ def train(
             hint="go on with `--resume`, start anew with `--overwrite`, or choose another folder",
         )
     group = join_group(recipe.run.device)
-    recipe = replace(recipe, augment=resolve_augment(recipe.augment).to_dict())
+    last = folder / LAST if resume else None
+    optim = settle_precision(recipe.optim, recipe.run.device, goes_on_from=last, group=group)
+    recipe = replace(recipe, optim=optim, augment=resolve_augment(recipe.augment).to_dict())
     cache = Path(recipe.run.feature_cache or folder / "features")
     pairs = open_pairs(recipe, cache=cache, progress=progress)
     _check_laterality(recipe, pairs)
@@ -203,7 +212,8 @@ def train(
         _save(best, recipe, model, tokenizer, result, data)
     wait_for_all(group)
     return TrainResult(
-        best, result.metrics, result.best_step, result.steps, time.perf_counter() - began, result.stopped_early, data
+        best, result.metrics, result.best_step, result.steps, time.perf_counter() - began, result.stopped_early, data,
+        recipe.optim.precision,
     )  # fmt: skip
 
 
@@ -340,6 +350,7 @@ def _save(
         "recipe": recipe.name,
         "recipe_digest": recipe.digest,
         "seed": recipe.seed,
+        "precision": recipe.optim.precision,
         "steps": result.steps,
         "best_step": result.best_step,
         "validation": dict(result.metrics),

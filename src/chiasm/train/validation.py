@@ -6,7 +6,6 @@ keys are right answers to each other. Honest intervals for a report come from ``
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from chiasm.errors import TrainingError
 from chiasm.metrics.classification import balanced_accuracy
 from chiasm.metrics.retrieval import median_rank, ranks_of_relevant, recall_at_k
 from chiasm.train.contrastive import PairSource, contrastive_loss
+from chiasm.train.precision import arithmetic, training_precision
 from chiasm.train.recipe import TrainConfig
 
 #: Up to this many distinct texts, finding an image's own among them is classification.
@@ -84,11 +84,11 @@ class Validation:
 
     def _embed(self) -> tuple[Tensor, Tensor, list[str], float]:
         device = next(self.model.parameters()).device
-        bf16 = self.config.optim.precision == "bf16"
+        precision = training_precision(self.config.optim.precision, device)
         images, texts, keys = [], [], []
         losses, weights = [], []
         size = max(2, self.config.optim.batch_size)
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
+        with torch.no_grad(), arithmetic(precision, device):
             for start in range(0, len(self.rows), size):
                 batch = self.source.batch(self.rows[start : start + size], np.random.default_rng(0))
                 lengths: Any = batch.tokens.lengths
