@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE := 1
 setup: $(VENV)/.installed
 
 # torch comes first and alone: resolved together with anything else it may become a CUDA build of several gigabytes.
-$(VENV)/.installed: pyproject.toml setup.py constraints.txt src/chiasm/data/bicubic.c src/chiasm/tasks/int8_scan.c
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt src/chiasm/data/bicubic.c src/chiasm/io/png.c src/chiasm/tasks/int8_scan.c
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt "$$(grep '^torch==' constraints.txt)"
 	$(PIP) install -q -c constraints.txt -e '.[dev,fast,pretrained-demo,data,export,analysis,survival]'

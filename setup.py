@@ -1,9 +1,10 @@
-"""The two compiled files: the bicubic resize of ``chiasm.data.bicubic`` and the int8 products of
-``chiasm.tasks.int8_scan``. Everything else stands in pyproject.toml.
+"""The compiled files: the bicubic resize, the prediction of PNG, the int8 products of searches. Everything else stands in
+pyproject.toml.
 
-They are optional: without a C compiler the package installs without them, Pillow resizes with the same bits (also on
-another processor than x86-64) and torch or fp32 searches with the same answer. The files are no Python modules but shared
-libraries that ctypes loads; they are built as extensions because installers know how to build, place and skip those.
+They are optional: without a C compiler the package installs without them, Pillow resizes and decodes with the same bits
+(also on another processor than x86-64) and torch or fp32 searches with the same answer. The files are no Python modules
+but shared libraries that ctypes loads; they are built as extensions because installers know how to build, place and skip
+those.
 """
 
 from setuptools import Extension, setup
@@ -15,6 +16,12 @@ setup(
             ["src/chiasm/data/bicubic.c"],
             # Fused multiplications would change the last bit of a weight.
             extra_compile_args=["-O3", "-ffp-contract=off", "-fvisibility=hidden"],
+            optional=True,
+        ),
+        Extension(
+            "chiasm.io._png",
+            ["src/chiasm/io/png.c"],
+            extra_compile_args=["-O3", "-fvisibility=hidden"],
             optional=True,
         ),
         Extension(

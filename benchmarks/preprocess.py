@@ -34,8 +34,8 @@ from torchvision.transforms import v2  # noqa: E402
 
 from chiasm.data import bicubic  # noqa: E402
 from chiasm.data.transforms import ImageTransform, image_transform  # noqa: E402
+from chiasm.io.decoded import DecodedImage  # noqa: E402
 from chiasm.io.image import open_image  # noqa: E402
-from chiasm.io.jpeg import DecodedJpeg  # noqa: E402
 from chiasm.types import Preprocess  # noqa: E402
 
 PEER = "open_clip_torch transform, DataLoader"
@@ -160,7 +160,7 @@ def measure(kind: Kind, folder: Path, repetitions: int, images: int) -> cases.Ca
         "images": images,
         "file_kb": round(sum(path.stat().st_size for path in paths[:FILES]) / FILES / 1024),
         "compiled_resize": bicubic.available(),
-        "simplejpeg": isinstance(open_image(paths[0]), DecodedJpeg),
+        "decoded_by_pillow": not isinstance(open_image(paths[0]), DecodedImage),
         "decoding_share": round(sum(timings[DECODING].cpu_s) / sum(timings["chiasm"].cpu_s), 2),
     }
     if kind.suffix == ".jpg":
@@ -184,7 +184,7 @@ def main() -> None:
         for kind in KINDS:
             if not options.case or kind.name in options.case:
                 rows.append(measure(kind, Path(folder), options.repetitions, options.images or kind.images))
-    cases.report("preprocess", rows, options, ["open_clip_torch", "torchvision", "pillow", "simplejpeg"])
+    cases.report("preprocess", rows, options, ["open_clip_torch", "torchvision", "pillow", "simplejpeg", "isal"])
 
 
 if __name__ == "__main__":

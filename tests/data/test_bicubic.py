@@ -19,6 +19,7 @@ from PIL import Image
 
 from chiasm.data import bicubic
 from chiasm.data.bicubic import Placement
+from chiasm.io import compiled
 
 ROOT = Path(__file__).parents[2]
 needs_compiled = pytest.mark.skipif(not bicubic.available(), reason="the resize was not compiled here")
@@ -219,7 +220,7 @@ def forgotten() -> Iterator[None]:
 @pytest.mark.parametrize("how", ["absent", "other bits", "no memory"])
 def test_without_compiled_code_it_says_no(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if how == "absent":
-        monkeypatch.setattr(bicubic, "EXTENSION_SUFFIXES", [".nothing"])
+        monkeypatch.setattr(compiled, "EXTENSION_SUFFIXES", [".nothing"])
     elif how == "no memory":
         monkeypatch.setattr(bicubic, "_call", lambda *_, **__: False)
     else:
@@ -237,7 +238,7 @@ def test_without_compiled_code_it_says_no(how: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_file_that_is_no_library_is_passed_over(tmp_path: Path) -> None:
-    for suffix in bicubic.EXTENSION_SUFFIXES:
+    for suffix in compiled.EXTENSION_SUFFIXES:
         (tmp_path / f"_bicubic{suffix}").write_bytes(b"no library")
     assert bicubic._load(tmp_path) is None
     assert bicubic._load(tmp_path / "absent") is None

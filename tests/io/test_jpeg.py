@@ -19,8 +19,8 @@ from PIL import Image
 
 from chiasm.errors import ChiasmError, FileFormatError, InputError
 from chiasm.io import jpeg
+from chiasm.io.decoded import DecodedImage, pixels_of
 from chiasm.io.image import open_image
-from chiasm.io.jpeg import DecodedJpeg, pixels_of
 
 # Pillow warns about damaged metadata of images that it can read all the same.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -56,7 +56,7 @@ def test_colour_has_the_bits_of_pillow(subsampling: str, progressive: bool, qual
     for size in SIZES:
         data = packed(size, subsampling=subsampling, progressive=progressive, quality=quality)
         image = open_image(data)
-        assert isinstance(image, DecodedJpeg)
+        assert isinstance(image, DecodedImage)
         assert (image.mode, image.size, image.format) == ("RGB", size, "JPEG")
         assert np.array_equal(pixels_of(image), np.asarray(by_pillow(data))), size
 
@@ -72,7 +72,7 @@ def test_grey_plain_rgb_optimised_and_restart_markers_too() -> None:
             (packed(size, restart_marker_blocks=1), "RGB"),
         ):
             image = open_image(data)
-            assert isinstance(image, DecodedJpeg)
+            assert isinstance(image, DecodedImage)
             assert image.mode == mode
             assert np.array_equal(pixels_of(image), np.asarray(by_pillow(data))), size
 
@@ -93,19 +93,19 @@ def test_what_is_not_its_work_goes_to_pillow(mode: str) -> None:
     data = packed(mode=mode)
     if mode == "CMYK":
         image = open_image(data)
-        assert not isinstance(image, DecodedJpeg)
+        assert not isinstance(image, DecodedImage)
         assert image.tobytes() == by_pillow(data).tobytes()
-    for kind in ("PNG", "BMP", "TIFF", "WEBP"):
+    for kind in ("BMP", "TIFF", "WEBP"):
         stream = io.BytesIO()
         picture((20, 10)).save(stream, kind)
-        assert not isinstance(open_image(stream.getvalue()), DecodedJpeg), kind
+        assert not isinstance(open_image(stream.getvalue()), DecodedImage), kind
 
 
 def test_two_pictures_in_one_file_are_its_first() -> None:
     stream = io.BytesIO()
     picture((40, 30)).save(stream, "MPO", save_all=True, append_images=[picture((40, 30), seed=1)])
     image = open_image(stream.getvalue())
-    assert not isinstance(image, DecodedJpeg)
+    assert not isinstance(image, DecodedImage)
     assert image.tobytes() == by_pillow(stream.getvalue()).tobytes()
 
 
@@ -216,15 +216,15 @@ def test_results_of_another_shape_or_kind_are_not_taken(monkeypatch: pytest.Monk
 
     for result in (np.zeros((29, 37, 1), np.uint8), np.zeros((37, 29, 3), np.uint8), np.zeros((29, 37, 3))):
         monkeypatch.setattr(jpeg, "_decoder", lambda r=result: Odd(r))
-        assert not isinstance(open_image(WHOLE), DecodedJpeg)
+        assert not isinstance(open_image(WHOLE), DecodedImage)
 
 
 @needs_decoder
 def test_a_file_far_longer_than_its_pixels_is_not_read_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jpeg, "_SLACK_BYTES", 1000)
-    assert isinstance(open_image(WHOLE), DecodedJpeg)
+    assert isinstance(open_image(WHOLE), DecodedImage)
     image = open_image(WHOLE + b"\0" * 10_000)
-    assert not isinstance(image, DecodedJpeg)
+    assert not isinstance(image, DecodedImage)
     assert image.tobytes() == by_pillow(WHOLE).tobytes()
 
 
@@ -233,7 +233,7 @@ def test_without_the_package_pillow_decodes(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "simplejpeg", None)
     try:
         image = open_image(WHOLE)
-        assert not isinstance(image, DecodedJpeg)
+        assert not isinstance(image, DecodedImage)
         assert np.array_equal(pixels_of(image), np.asarray(by_pillow(WHOLE)))
     finally:
         jpeg._decoder.cache_clear()
@@ -276,7 +276,7 @@ def test_streams_are_read_from_their_beginning_and_stay_open() -> None:
     stream = io.BytesIO(WHOLE)
     stream.seek(20)
     image = open_image(stream)
-    assert isinstance(image, DecodedJpeg)
+    assert isinstance(image, DecodedImage)
     assert image.tobytes() == by_pillow(WHOLE).tobytes()
     assert not stream.closed
 

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from chiasm.io.compiled import load_library
 
 _VERSION = 1  # of the interface of bicubic.c
 _MAX_SIDE = 65_536
@@ -136,26 +137,11 @@ def _widest() -> int:
 
 
 def _load(folder: Path) -> ctypes.CDLL | None:
-    """Return the compiled code of a folder, or None where it is absent, foreign to this machine or of another version."""
-    for suffix in EXTENSION_SUFFIXES:
-        path = folder / f"_bicubic{suffix}"
-        if not path.is_file():
-            continue
-        try:
-            library = ctypes.CDLL(str(path))
-            version, call, widest = (
-                library.chiasm_bicubic_version,
-                library.chiasm_bicubic,
-                library.chiasm_bicubic_widest,
-            )
-        except (OSError, AttributeError):
-            continue
-        version.argtypes = widest.argtypes = []
-        version.restype = widest.restype = call.restype = ctypes.c_int32
-        call.argtypes = [ctypes.c_void_p, *[ctypes.c_int32] * 10, *[ctypes.c_void_p] * 3]
-        if version() == _VERSION:
-            return library
-    return None
+    library = load_library(folder, "bicubic", version=_VERSION)
+    if library is not None:
+        library.chiasm_bicubic.argtypes = [ctypes.c_void_p, *[ctypes.c_int32] * 10, *[ctypes.c_void_p] * 3]
+        library.chiasm_bicubic_widest.argtypes, library.chiasm_bicubic_widest.restype = [], ctypes.c_int32
+    return library
 
 
 def _agrees(library: ctypes.CDLL) -> bool:

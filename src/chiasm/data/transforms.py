@@ -29,7 +29,8 @@ from chiasm.data import bicubic
 from chiasm.data.bicubic import Placement
 from chiasm.data.resize import area_resize
 from chiasm.errors import ConfigError, InputError
-from chiasm.io.jpeg import draft, pixels_of
+from chiasm.io.decoded import pixels_of
+from chiasm.io.jpeg import draft
 from chiasm.types import Preprocess
 
 if TYPE_CHECKING:

@@ -21,6 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from chiasm.errors import FileFormatError, InputError
 from chiasm.io.jpeg import decode_jpeg, draft
+from chiasm.io.png import decode_png
 
 #: Pixels above which a file is refused unless the caller allows more; Pillow's own limit for "decompression bombs".
 MAX_PIXELS = 178_956_970
@@ -140,7 +141,7 @@ def _decode(
         _check_size(image, name, max_pixels)
         if draft_px is not None:
             draft(image, draft_px)
-        decoded = decode_jpeg(image)
+        decoded = decode_jpeg(image) or decode_png(image)
         if decoded is None:
             image.load()
         else:

@@ -11,50 +11,15 @@ from __future__ import annotations
 import functools
 import importlib
 from types import ModuleType
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageFile
+
+from chiasm.io.decoded import DecodedImage, bytes_of
 
 #: A longer file than its raw pixels and this is left to Pillow, which does not read it whole.
 _SLACK_BYTES = 4 << 20
 _COLOURS = {"L": ("GRAY", ("Gray",)), "RGB": ("RGB", ("YCbCr", "RGB"))}
-
-
-class DecodedJpeg(Image.Image):
-    """A decoded JPEG that stays an array until Pillow is asked to work on it; then it is an ordinary image.
-
-    Use :func:`pixels_of` to read the pixels without that copy.
-    """
-
-    format = "JPEG"
-    format_description = "JPEG (ISO 10918)"
-    _pixels: NDArray[np.uint8] | None = None
-
-    @classmethod
-    def of(cls, pixels: NDArray[np.uint8], source: Image.Image) -> DecodedJpeg:
-        """Return an image with the mode, size and metadata of ``source`` and these pixels."""
-        image = cls()
-        image._mode, image._size = source.mode, source.size
-        image.info = dict(source.info)
-        image._pixels = pixels
-        return image
-
-    def load(self) -> Any:
-        """Hand the pixels to Pillow; called by Pillow before it touches them."""
-        pixels = self._pixels
-        if pixels is not None:
-            plain = Image.fromarray(pixels)
-            self.im, self.readonly = plain.im, plain.readonly
-            self._pixels = None  # they would grow stale when the image is drawn upon
-        return super().load()
-
-
-def pixels_of(image: Image.Image) -> NDArray[np.uint8]:
-    """Return the pixels of an ``L`` or ``RGB`` image, (height, width) or (height, width, 3); not to be written to."""
-    pixels = image._pixels if isinstance(image, DecodedJpeg) else None
-    return np.asarray(image) if pixels is None else pixels
 
 
 def draft(image: Image.Image, side_px: int) -> None:
@@ -75,7 +40,7 @@ def _decoder() -> ModuleType | None:
         return None
 
 
-def decode_jpeg(image: Image.Image) -> DecodedJpeg | None:
+def decode_jpeg(image: Image.Image) -> DecodedImage | None:
     """Return the decoded form of a JPEG that Pillow has opened and not loaded, or None: let Pillow decode it.
 
     Slow but exact settings: accurate DCT, smooth upsampling of the colours, as in Pillow. Strict: what libjpeg warns of
@@ -83,19 +48,13 @@ def decode_jpeg(image: Image.Image) -> DecodedJpeg | None:
     """
     if not isinstance(image, ImageFile.ImageFile) or image.format != "JPEG" or image.mode not in _COLOURS:
         return None
-    decoder, stream = _decoder(), image.fp
-    if decoder is None or stream is None or getattr(image, "decoderconfig", None):
+    decoder = _decoder()
+    if decoder is None or getattr(image, "decoderconfig", None):
         return None  # a drafted image has a decoder configuration
     colour, spaces = _COLOURS[image.mode]
     width, height = image.size
-    limit = width * height * 3 + _SLACK_BYTES
-    place = stream.tell()
-    try:
-        stream.seek(0)
-        data = stream.read(limit + 1)
-    finally:
-        stream.seek(place)
-    if len(data) > limit:
+    data = bytes_of(image, at_most=width * height * 3 + _SLACK_BYTES)
+    if data is None:
         return None
     try:
         # Asked first: the decoder allocates what its own reading of the header says, which must be what was checked.
@@ -107,4 +66,4 @@ def decode_jpeg(image: Image.Image) -> DecodedJpeg | None:
         return None
     if pixels.dtype != np.uint8 or pixels.shape != (height, width, len(image.mode)):
         return None
-    return DecodedJpeg.of(pixels[..., 0] if image.mode == "L" else pixels, image)
+    return DecodedImage.of(pixels[..., 0] if image.mode == "L" else pixels, image)
