@@ -102,7 +102,9 @@ def tower_form(tower: nn.Module, dtype: torch.dtype) -> ImageForm:
         from chiasm.encoders.inference.vit import PackedViT
 
         return PackedViT(tower, dtype=dtype)
-    raise NotPackable(f"{type(tower).__name__} has no fast form")
+    from chiasm.encoders.inference.resnet import resnet_form
+
+    return resnet_form(tower, dtype)
 
 
 def text_form(model: DualEncoder, dtype: torch.dtype) -> TextForm:
