@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from chiasm.checkpoints.containers import read_json, read_state_dict
+from chiasm.checkpoints.proven import file_sha256
 from chiasm.errors import CheckpointError
 
 WEIGHTS_FILE = "model.safetensors"
@@ -134,7 +135,7 @@ def save_model_dir(
 
 
 def read_model_dir(directory: str | Path, *, form: Form = ENCODER) -> ModelDir:
-    """Read a model directory; the weight file is checked against its SHA-256.
+    """Read a model directory; the weight file is checked against its SHA-256 (see :mod:`chiasm.checkpoints.proven`).
 
     Raises:
         CheckpointError: Missing or damaged files, weights that are not those of the description, or a newer format.
@@ -143,7 +144,7 @@ def read_model_dir(directory: str | Path, *, form: Form = ENCODER) -> ModelDir:
     weights = directory / WEIGHTS_FILE
     if not weights.is_file():
         raise CheckpointError(f"model directory `{directory.name}` lacks `{WEIGHTS_FILE}`")
-    sha256 = _sha256(weights)
+    sha256 = file_sha256(weights)
     described: str | None = None
     for path in (directory / form.file, directory / (form.file + NEXT)):
         if not path.is_file():
