@@ -32,8 +32,8 @@ class Pack:
         positions: (rows,) places in their text, from 0.
         firsts: (n,) row of each text's first token.
         lasts: (n,) row of each text's last token.
-        seen: (n, 1, 1, tokens) booleans, which tokens are seen, where padding was kept; such a pack has one group. None:
-            all of them.
+        seen: (n, 1, 1, tokens) booleans, which tokens of a text are seen, or (n, 1, tokens, tokens), which of them each
+            token sees; where padding was kept. Such a pack has one group. None: all of them.
     """
 
     texts: Tensor
@@ -45,7 +45,14 @@ class Pack:
     seen: Tensor | None = None
 
     def attend(self, qkv: Tensor, heads: int, *, causal: bool) -> Tensor:
-        """Let every token see its text (or, if ``causal``, what precedes it): (rows, 3 · width) -> (rows, width)."""
+        """Let every token see its text: (rows, 3 · width) -> (rows, width).
+
+        Args:
+            qkv: Queries, keys and values side by side.
+            heads: Attention heads.
+            causal: Whether a token sees only itself and what precedes it, where ``seen`` does not say.
+        """
+        causal = causal and self.seen is None
 
         def one(rows: Tensor, texts: int) -> Tensor:
             q, k, v = split_heads(rows, texts, heads, 3)
@@ -55,13 +62,14 @@ class Pack:
         return self._by_group(one, qkv)
 
     def attend_one(self, query: Tensor, keys_values: Tensor, heads: int) -> Tensor:
-        """Let one query a text see all of it: (n, width), (rows, 2 · width) -> (n, width)."""
+        """Let one query a text see all of it, or what its last token sees: (n, width), (rows, 2 · width) -> (n, width)."""
+        seen = None if self.seen is None else self.seen[:, :, -1:]
         asking = iter(torch.split(query, [texts for texts, _ in self.groups]))
 
         def one(rows: Tensor, texts: int) -> Tensor:
             (q,) = split_heads(next(asking), texts, heads, 1)
             k, v = split_heads(rows, texts, heads, 2)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=self.seen).transpose(1, 2).reshape(texts, -1)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).reshape(texts, -1)
 
         return self._by_group(one, keys_values)
 

@@ -4,11 +4,14 @@ In: token ids (batch, tokens) and, where known, lengths. Out: (batch, output_dim
 :func:`chiasm.encoders.text.text_features` gives them.
 
 Padding is left out only where the tower's plan says that nobody sees it (:attr:`TextPlan.can_trim`). Every other tower
-runs on its full context; there, too, the last block works out only the position that is pooled.
+runs on its full context (with CoCa's appended token, on what that sees); there, too, the last block works out only the
+position that is pooled.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -17,7 +20,7 @@ from torch import Tensor, nn
 from chiasm.encoders.inference.blocks import pack_blocks
 from chiasm.encoders.inference.packed import NotPackable, require_plain
 from chiasm.encoders.inference.ragged import Pack, in_order, padded_packs, ragged_packs
-from chiasm.encoders.text import TextParts, check_texts, text_features
+from chiasm.encoders.text import TextParts, TextPlan, appended_mask, check_texts, text_features, without_unseen
 from chiasm.encoders.transformer import LayerNorm
 
 
@@ -29,13 +32,11 @@ class PackedText:
         dtype: Of the linear layers in the blocks.
 
     Raises:
-        NotPackable: A part of it is not chiasm's own, or it appends a token of its own (CoCa), which needs a mask.
+        NotPackable: A part of it is not chiasm's own.
     """
 
     def __init__(self, parts: TextParts, *, dtype: torch.dtype) -> None:
         self._plan = plan = parts.text_plan
-        if plan.pool == "appended":
-            raise NotPackable("the appended token sees its text through a mask of its own")
         if plan.causal and plan.pool == "cls":
             raise NotPackable("a first token that sees only itself")
         require_plain(parts.token_embedding, nn.Embedding)
@@ -59,12 +60,17 @@ class PackedText:
         if plan.can_trim:
             assert lengths is not None
             return in_order(ragged_packs(ids, lengths), self._embed, len(ids))
+        if plan.pool == "appended":
+            return in_order(_appended_packs(without_unseen(ids), plan), self._embed, len(ids))
         return in_order(padded_packs(ids, None), partial(self._embed, lengths=lengths), len(ids))
 
     def _embed(self, pack: Pack, lengths: Tensor | None = None) -> Tensor:
         """Return the embeddings of a pack's texts; ``lengths`` of the whole batch where padding was kept."""
         parts, plan = self._parts, self._plan
         x = parts.token_embedding(pack.ids) + parts.positional_embedding[pack.positions]
+        if plan.pool == "appended":
+            own = (parts.cls_emb + parts.positional_embedding[-1]).expand(len(pack.texts), 1, -1)
+            x = torch.cat([x.view(len(pack.texts), -1, x.shape[1]), own], dim=1).flatten(0, 1)
         for block in self._blocks[: -1 if self._few else None]:
             x = block.all(x, partial(pack.attend, heads=block.heads, causal=plan.causal))
         if self._few:
@@ -83,6 +89,20 @@ class PackedText:
         if self._plan.pool == "eot" and lengths is not None:
             return pack.firsts + lengths[pack.texts] - 1
         return pack.lasts
+
+
+def _appended_packs(ids: Tensor, plan: TextPlan) -> Iterator[Pack]:
+    """Yield packs of texts that a token of their own stands behind: it has a row, but neither id nor position."""
+    for pack in padded_packs(ids, None):
+        rows = ids.shape[1] + 1
+        firsts = torch.arange(len(pack.texts)) * rows
+        yield replace(
+            pack,
+            groups=((len(pack.texts), rows),),
+            firsts=firsts,
+            lasts=firsts + rows - 1,
+            seen=appended_mask(ids[pack.texts], plan.cls_mask),
+        )
 
 
 def _means_inside(x: Tensor, lengths: Tensor) -> Tensor:
