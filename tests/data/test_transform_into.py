@@ -254,3 +254,19 @@ def test_fast_changes_nothing_else(tmp_path: Path) -> None:
     for wrong in (np.zeros((8, 8), np.uint8), None):
         with pytest.raises(InputError, match="expected a Pillow image"):
             fast(wrong)  # type: ignore[arg-type]
+
+
+def test_a_sample_can_be_opened_smaller(tmp_path: Path) -> None:
+    import tarfile
+
+    from chiasm.datasets.images import open_image_path, open_sample_image
+    from chiasm.types import Sample
+
+    path = tmp_path / "film.jpg"
+    picture("RGB", (300, 200)).save(path)
+    with tarfile.open(tmp_path / "shard.tar", "w") as shard:
+        shard.add(path, "film.jpg")
+    for where in (path, tmp_path / "shard.tar" / "film.jpg"):
+        assert open_image_path(where, draft_px=100).size == (150, 100)
+        assert open_sample_image(Sample(id="a", image=where), draft_px=50).size == (75, 50)
+        assert open_sample_image(Sample(id="a", image=where)).size == (300, 200)

@@ -35,8 +35,13 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-def open_sample_image(sample: Sample, *, max_pixels: int = MAX_PIXELS) -> Image:
+def open_sample_image(sample: Sample, *, max_pixels: int = MAX_PIXELS, draft_px: int | None = None) -> Image:
     """Return the decoded image of a sample; see `chiasm.io.image.open_image`.
+
+    Args:
+        sample: Names its image.
+        max_pixels: A larger image is refused.
+        draft_px: Lossy: large JPEGs may be decoded smaller, see `chiasm.data.transforms.ImageTransform`.
 
     Raises:
         InputError: The sample has no image, or its file is absent or too large.
@@ -44,18 +49,18 @@ def open_sample_image(sample: Sample, *, max_pixels: int = MAX_PIXELS) -> Image:
     """
     if sample.image is None:
         raise InputError("sample has no image")
-    return open_image_path(sample.image, max_pixels=max_pixels)
+    return open_image_path(sample.image, max_pixels=max_pixels, draft_px=draft_px)
 
 
-def open_image_path(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image:
+def open_image_path(path: Path, *, max_pixels: int = MAX_PIXELS, draft_px: int | None = None) -> Image:
     """Return the decoded image at a path, which may lead through a tar shard."""
     found = split_member(path)
     if found is None:
-        return open_image(path, max_pixels=max_pixels)
+        return open_image(path, max_pixels=max_pixels, draft_px=draft_px)
     if _is_array(found[0]):
         return read_array_image(*found, max_pixels=max_pixels)
     try:
-        return open_image(read_member(*found), max_pixels=max_pixels)
+        return open_image(read_member(*found), max_pixels=max_pixels, draft_px=draft_px)
     except ChiasmError as error:
         # Bytes have no name; give the message that of the member.
         raise type(error)(error.message.replace("`(bytes)`", f"`{path.name}`"), hint=error.hint) from error
