@@ -15,7 +15,8 @@ import torch
 from chiasm.encoders.base import Encoder, EncoderConfig, ImageTowerConfig, ProjectionConfig, TextTowerConfig
 from chiasm.encoders.build import build_encoder_model
 from chiasm.encoders.catalog import CATALOG
-from chiasm.testing import TinyEncoder, check_encoder
+from chiasm.encoders.inference.engine import Engine
+from chiasm.testing import TEXTS, TinyEncoder, check_encoder
 from chiasm.types import Preprocess
 
 #: Towers of ``encoders.named`` at reduced depth and width: (side of the image, options).
@@ -112,6 +113,35 @@ def reduced(config: EncoderConfig) -> EncoderConfig:
 def test_catalog(name: str) -> None:
     config = reduced(CATALOG.get(name).config)
     check_encoder(Encoder(build_encoder_model(config, seed=0), config, name=name))
+
+
+def _text_towers() -> list[str]:
+    """One name of the catalog for every kind of text tower."""
+    found: dict[str, str] = {}
+    for name in CATALOG.names():
+        config = CATALOG.get(name).config
+        if config.has_text and config.members is None:
+            text = config.text
+            model = text.options.get("config", {}).get("model_type", text.source if text.kind == "named" else None)
+            kind = (text.kind, model, text.pool, text.activation, text.causal, text.cls_mask, text.options.keys())
+            found.setdefault(f"{kind} {config.projection.text} {config.projection.biased}", name)
+    return list(found.values())
+
+
+@pytest.mark.parametrize("name", _text_towers())
+def test_the_fast_form_of_a_text_tower_gives_its_vectors(name: str) -> None:
+    """In float32 to the last few bits, in mixed bfloat16 the same direction; only what has no fast form says so."""
+    config = replace(reduced(CATALOG.get(name).config), sides="text")
+    model = build_encoder_model(config, seed=0).eval()
+    tokens = Encoder(model, config, name=name).tokenizer.encode(list(TEXTS))
+    with torch.inference_mode():
+        expected = model.encode_text(tokens.ids, tokens.lengths)
+        engine = Engine(model, "fp32")
+        assert engine.plain == {} or name in ("biomegatron", "t5-base")
+        found = engine.encode_text(tokens.ids, tokens.lengths)
+        assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
+        mixed = Engine(model, "bf16").encode_text(tokens.ids, tokens.lengths)
+        assert float(torch.cosine_similarity(mixed.double(), expected.double()).min()) > 1 - 2e-4
 
 
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
