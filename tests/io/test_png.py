@@ -248,6 +248,14 @@ def test_a_file_far_longer_than_its_pixels_is_not_read_whole(monkeypatch: pytest
     assert outcome(data) == without(lambda: outcome(data))
 
 
+@needs_compiled
+def test_huge_images_are_decoded_row_by_row_by_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(open_image(WHOLE["RGB"]), DecodedImage)
+    monkeypatch.setattr(png, "_MAX_PIXELS", 37 * 29 - 1)
+    assert not isinstance(open_image(WHOLE["RGB"]), DecodedImage)
+    assert outcome(WHOLE["RGB"]) == without(lambda: outcome(WHOLE["RGB"]))
+
+
 @pytest.mark.parametrize("missing", ["isal", "compiled"])
 def test_without_its_parts_the_pixels_are_the_same(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = [by_pillow(data).tobytes() for data in WHOLE.values()]

@@ -29,6 +29,8 @@ from chiasm.io.decoded import DecodedImage, bytes_of
 _VERSION = 1  # of the interface of png.c
 #: A longer file than its raw pixels and this is left to Pillow, which does not read it whole.
 _SLACK_BYTES = 4 << 20
+#: Above it Pillow decodes row by row: here the inflated rows and the pixels lie in memory side by side.
+_MAX_PIXELS = 1 << 26
 _COLOURS = {"L": 0, "RGB": 2}
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _ANIMATED = (b"acTL", b"fcTL", b"fdAT")
@@ -56,6 +58,8 @@ def decode_png(image: Image.Image) -> DecodedImage | None:
     if not isinstance(image, ImageFile.ImageFile) or image.format != "PNG" or image.mode not in _COLOURS:
         return None
     width, height = image.size
+    if width * height > _MAX_PIXELS:
+        return None
     channels = len(image.mode)
     raw_bytes = height * (1 + width * channels)
     data = None if library is None else bytes_of(image, at_most=raw_bytes + _SLACK_BYTES)
