@@ -28,6 +28,7 @@ def test_what_is_asked_for_is_what_is_meant() -> None:
 
 def test_half_precision_on_a_cpu_is_bfloat16() -> None:
     assert resolve_precision("fp16") == "bf16"
+    assert resolve_precision("fp16", "cuda") == resolve_precision("fp16", "mps") == "fp16"
 
 
 @pytest.mark.parametrize("wrong", ["fp8", "float32", "", "FP32", "int4"])
@@ -95,8 +96,8 @@ def test_the_shortest_call_counts_and_the_first_does_not() -> None:
 
 def test_a_gpu_says_itself_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     assert resolve_precision("auto", "cuda") == "bf16"
     bf16_pays.cache_clear()
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     assert resolve_precision("auto", "cuda") == "fp32"

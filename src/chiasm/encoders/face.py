@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from chiasm.encoders.base import EncoderConfig
     from chiasm.encoders.dual import DualEncoder
     from chiasm.encoders.inference.engine import Engine
+    from chiasm.encoders.inference.gpu import GpuEngine
     from chiasm.encoders.precision import Precision
 
     Item = str | Path | Image
@@ -92,7 +93,8 @@ class Encoder:
         self._digest: tuple[object, str] | None = None
         self._wanted = precision
         self._precision: Precision | None = "fp32" if precision == "fp32" else None
-        self._engine: tuple[object, Engine] | None = None
+        self._engine: tuple[object, Engine | GpuEngine] | None = None
+        self._static_batch: int | None = None
         self._engine_lock = Lock()
         self._calls = 0
         if precision not in ("fp32", "auto"):
@@ -188,8 +190,15 @@ class Encoder:
         )  # fmt: skip
         return other
 
-    def prepare(self) -> Self:
-        """Lay out the weights for speed now, not at the second call; return self."""
+    def prepare(self, *, static_batch: int | None = None) -> Self:
+        """Lay out the weights for speed now, not at the second call; return self.
+
+        Args:
+            static_batch: On a GPU: record a CUDA graph of that many images, into which every batch is cut (see
+                ``encoders.inference.gpu``); None: no graph. On a CPU nothing changes.
+        """
+        if static_batch != self._static_batch:
+            self._static_batch, self._engine = static_batch, None
         self._fast_form(eager_first=False)
         return self
 
@@ -315,7 +324,7 @@ class Encoder:
                 check_same_space(side, Embeddings(np.zeros((0, self.dim), np.float32), (), self.space, side.modality))
         return _unit_rows(a) @ _unit_rows(b).T
 
-    def _fast_form(self, *, eager_first: bool) -> DualEncoder | Engine:
+    def _fast_form(self, *, eager_first: bool) -> DualEncoder | Engine | GpuEngine:
         """Return what encodes: the model itself, or its fast form, made anew when weights have changed.
 
         Args:
@@ -329,9 +338,9 @@ class Encoder:
                 return model
             key = weights_key(model)
             if self._engine is None or self._engine[0] != key:
-                from chiasm.encoders.inference.engine import Engine
+                from chiasm.encoders.inference.engine import make_engine
 
-                self._engine = (key, Engine(model, self.precision))
+                self._engine = (key, make_engine(model, self.precision, static_batch=self._static_batch))
             return self._engine[1]
 
     def _eval(self) -> DualEncoder:
@@ -343,7 +352,8 @@ class Encoder:
         if pixels.ndim == 3:
             pixels = pixels[None]
         dtype = self.model.dtype
-        return pixels.to(self.device, dtype if pixels.is_floating_point() else None)
+        # From pinned memory the copy to a GPU runs beside whatever comes next.
+        return pixels.to(self.device, dtype if pixels.is_floating_point() else None, non_blocking=True)
 
     def _tokens(self, tokens: Tensor | Tokens | str | Sequence[str]) -> tuple[Tensor, Tensor | None]:
         if isinstance(tokens, Tensor):

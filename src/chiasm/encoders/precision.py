@@ -11,14 +11,15 @@ from __future__ import annotations
 import os
 import time
 from functools import cache
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 
 from chiasm.errors import ConfigError
 
-Precision = Literal["fp32", "bf16", "int8"]
-PRECISIONS: tuple[str, ...] = ("auto", *get_args(Precision))
+Precision = Literal["fp32", "bf16", "fp16", "int8"]
+#: What runs everywhere, int8 aside; ``fp16`` is for those who know that their GPU wants it.
+PRECISIONS: tuple[str, ...] = ("auto", "fp32", "bf16", "int8")
 #: What ``auto`` stands for when it is set; for runs that must not depend on the machine.
 VARIABLE = "CHIASM_PRECISION"
 #: How many times as fast as float32 bfloat16 has to be to be chosen: below this its rounding buys nothing.
@@ -31,8 +32,8 @@ def resolve_precision(wanted: str, device: str | torch.device = "cpu") -> Precis
     """Return the precision that a wish means on a device.
 
     Args:
-        wanted: ``auto``, ``fp32``, ``bf16`` or ``int8``; also ``fp16`` on a CPU, where bfloat16 takes its place because
-            CPUs convert half-precision numbers one by one (3 GF/s where bfloat16 reaches hundreds).
+        wanted: ``auto``, ``fp32``, ``bf16`` or ``int8``; also ``fp16``, which on a CPU means ``bf16`` because CPUs
+            convert half-precision numbers one by one (3 GF/s where bfloat16 reaches hundreds).
         device: Where the encoder runs.
 
     Raises:
@@ -44,7 +45,7 @@ def resolve_precision(wanted: str, device: str | torch.device = "cpu") -> Precis
     if wanted == "auto":
         return "bf16" if bf16_pays(place.type) else "fp32"
     if wanted == "fp16":
-        return "bf16"
+        return "bf16" if place.type == "cpu" else "fp16"
     if wanted not in PRECISIONS:
         raise ConfigError(f"precision `{wanted}` is not known", hint=f"one of: {', '.join(PRECISIONS)}")
     if wanted == "int8" and place.type != "cpu":
@@ -59,7 +60,7 @@ def bf16_pays(device_type: str) -> bool:
     On a CPU without bfloat16 instructions they are emulated and slower. On a GPU the driver says what it has.
     """
     if device_type == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device_type != "cpu":
         return False
     from chiasm.encoders.inference.packed import PackedLinear, can_pack

@@ -7,7 +7,7 @@ foreign one, an adapted one, half-precision weights) runs as the model does, and
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,9 @@ from chiasm.encoders.precision import Precision
 from chiasm.encoders.text import TextTransformer
 from chiasm.encoders.vit import VisionTransformer
 
+if TYPE_CHECKING:
+    from chiasm.encoders.inference.gpu import GpuEngine
+
 T = TypeVar("T")
 ImageForm = Callable[[Tensor], Tensor]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -32,6 +35,21 @@ class TextForm(Protocol):
     def __call__(self, ids: Tensor, lengths: Tensor | None) -> Tensor:
         """Embed a batch."""
         ...
+
+
+def make_engine(model: DualEncoder, precision: Precision, *, static_batch: int | None = None) -> Engine | GpuEngine:
+    """Return how a model runs where it lies: packed on a CPU, under autocast elsewhere.
+
+    Args:
+        model: In eval mode.
+        precision: Resolved for its device.
+        static_batch: Of a GPU alone, see :class:`~chiasm.encoders.inference.gpu.GpuEngine`.
+    """
+    if model.device.type == "cpu":
+        return Engine(model, precision)
+    from chiasm.encoders.inference.gpu import GpuEngine
+
+    return GpuEngine(model, precision, static_batch=static_batch)
 
 
 class Engine:

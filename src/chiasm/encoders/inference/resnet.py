@@ -179,6 +179,8 @@ def resnet_form(tower: nn.Module, dtype: torch.dtype, *, side: int = 224) -> Ste
     Raises:
         NotPackable: It is none of them, or not plainly so.
     """
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise NotPackable(f"{type(tower).__name__} has no {dtype} form")
     if type(tower) is ModifiedResNet:
         return PackedModifiedResNet(tower, dtype=dtype)
     if type(tower) is ClassicResNet:
