@@ -72,6 +72,10 @@ class ConfigError(ChiasmError):
     """A recipe or a configuration value is wrong; the message names the dotted field."""
 
 
+class PrecisionRefused(ChiasmError):
+    """A precision is too far from float32 on the user's own images; no vectors of it are given."""
+
+
 class LeakageError(InputError):
     """Patients, studies, slides or near-identical images lie on both sides of a split."""
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from chiasm.encoders.base import EncoderConfig
     from chiasm.encoders.dual import DualEncoder
     from chiasm.encoders.inference.engine import Engine
+    from chiasm.encoders.inference.gate import PrecisionCheck
     from chiasm.encoders.inference.gpu import GpuEngine
     from chiasm.encoders.precision import Precision
 
@@ -202,6 +203,38 @@ class Encoder:
         self._fast_form(eager_first=False)
         return self
 
+    @property
+    def precision_check(self) -> PrecisionCheck | None:
+        """How far int8 was from float32 on the images seen so far; None before the first, and of other precisions."""
+        gate = None if self._engine is None else self._engine[1].gate
+        return None if gate is None or not gate.check.images else gate.check
+
+    def check_precision(self, images: Tensor | Sequence[Image | Path]) -> PrecisionCheck:
+        """Compare int8 with float32 on images of one's own, before any vector is used.
+
+        Args:
+            images: At least 64 for a full check: preprocessed (n, 3, size, size), or pictures and paths.
+
+        Raises:
+            PrecisionRefused: int8 is too far from float32 on them.
+            ConfigError: The encoder's precision is another.
+            InputError: No images.
+        """
+        if self.precision != "int8":
+            raise ConfigError(f"only int8 is checked on images, the precision is `{self.precision}`")
+        if not len(images):
+            raise InputError("int8 is checked on images, got none", hint="give 64 or more of your own")
+        for i in range(0, len(images), 8):
+            some = images[i : i + 8]
+            pixels = some if isinstance(some, Tensor) else torch.stack([self.preprocess(_open(x)) for x in some])
+            with torch.inference_mode():
+                engine: Any = self._fast_form(eager_first=False)
+                engine.encode_image(self._pixels(pixels), warn=False)
+            if engine.gate.check.complete:
+                break
+        check: PrecisionCheck = engine.gate.check
+        return check
+
     def to(self, device: str | torch.device) -> Self:
         """Move the weights and return self; ``auto`` precision is decided anew."""
         self.model.to(device)
@@ -219,6 +252,9 @@ class Encoder:
 
         Returns:
             (batch, dim), on the encoder's device.
+
+        Raises:
+            PrecisionRefused: In int8, when it is too far from float32 on the first 64 images.
         """
         pixels = self._pixels(pixels)
         before = None if prior is None else self._pixels(prior)
@@ -352,8 +388,9 @@ class Encoder:
         if pixels.ndim == 3:
             pixels = pixels[None]
         dtype = self.model.dtype
-        # From pinned memory the copy to a GPU runs beside whatever comes next.
-        return pixels.to(self.device, dtype if pixels.is_floating_point() else None, non_blocking=True)
+        # From pinned memory the copy to a GPU runs beside whatever comes next; back from a GPU it has to be waited for.
+        at_once = pixels.device.type == "cpu"
+        return pixels.to(self.device, dtype if pixels.is_floating_point() else None, non_blocking=at_once)
 
     def _tokens(self, tokens: Tensor | Tokens | str | Sequence[str]) -> tuple[Tensor, Tensor | None]:
         if isinstance(tokens, Tensor):

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from chiasm.encoders.inference.packed import Activation, NotPackable, PackedLinear, require_plain
+from chiasm.encoders.inference.int8 import make_linear
+from chiasm.encoders.inference.packed import Activation, NotPackable, require_plain
 from chiasm.encoders.transformer import (
     MLP,
     Attention,
@@ -36,7 +37,7 @@ class PackedBlock:
 
     Args:
         block: Its weights are copied.
-        dtype: Of the linear layers.
+        dtype: Of the linear layers; ``torch.int8`` quantises them (:mod:`chiasm.encoders.inference.int8`).
         few: Whether only chosen rows of its output will be read (:meth:`few`); queries are then packed apart from keys
             and values.
 
@@ -56,14 +57,16 @@ class PackedBlock:
         self.ln_1, self.ln_2 = block.ln_1, block.ln_2
         width = attn.in_proj_weight.shape[1]
         parts = [slice(0, width), slice(width, None)] if few else [slice(None)]
-        self._qkv = [PackedLinear(attn.in_proj_weight[p], attn.in_proj_bias[p], dtype=dtype) for p in parts]
-        self._out = PackedLinear(*_scaled(attn.out_proj, block.ls_1), dtype=dtype)
+        self._qkv = [make_linear(attn.in_proj_weight[p], attn.in_proj_bias[p], dtype=dtype) for p in parts]
+        self._out = make_linear(*_scaled(attn.out_proj, block.ls_1), dtype=dtype)
         activation, gated, before = _activation(mlp.gelu)
         self._gated = gated
         fc = mlp.c_fc
-        self._fc = PackedLinear(fc.weight * before, fc.bias * before, dtype=dtype, activation=activation)
+        self._fc = make_linear(
+            fc.weight * before, fc.bias * before, dtype=dtype, activation=activation, int8_result=not gated
+        )
         weight, bias = _scaled(mlp.c_proj, block.ls_2)
-        self._proj = PackedLinear(weight / before, bias, dtype=dtype)
+        self._proj = make_linear(weight / before, bias, dtype=dtype)
 
     def all(self, x: Tensor, attend: Attend) -> Tensor:
         """Return all rows behind the block, (n, width) float32."""
@@ -87,7 +90,8 @@ class PackedBlock:
         if self._gated:
             gate, value = hidden.chunk(2, dim=-1)
             hidden = F.silu(gate) * value
-        return x + self._proj(hidden)
+        projected: Tensor = self._proj(hidden)
+        return x + projected
 
 
 def pack_blocks(transformer: nn.Module, *, dtype: torch.dtype, few: bool) -> list[PackedBlock]:

@@ -16,17 +16,19 @@ from torch import Tensor, nn
 from chiasm.encoders.dual import DualEncoder, ProjectedTextTower
 from chiasm.encoders.ensemble import EnsembleModel, side_by_side
 from chiasm.encoders.image_side import ProjectedImageTower
+from chiasm.encoders.inference.gate import Gate
 from chiasm.encoders.inference.packed import NotPackable, require_plain
-from chiasm.encoders.precision import Precision
+from chiasm.encoders.precision import Precision, resolve_precision
 from chiasm.encoders.text import TextTransformer
 from chiasm.encoders.vit import VisionTransformer
+from chiasm.errors import PrecisionRefused
 
 if TYPE_CHECKING:
     from chiasm.encoders.inference.gpu import GpuEngine
 
 T = TypeVar("T")
 ImageForm = Callable[[Tensor], Tensor]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 
 
 class TextForm(Protocol):
@@ -57,29 +59,43 @@ class Engine:
 
     Args:
         model: On the CPU, in eval mode; its weights are copied where packing needs it.
-        precision: ``fp32`` or ``bf16``; with ``int8`` the text side runs in bf16's stead in fp32.
+        precision: ``fp32``, ``bf16`` or ``int8``; int8 is for the images of native ViTs alone, texts then run in what
+            ``auto`` means.
 
     Attributes:
         plain: Side -> why it has no fast form; empty when both have one.
+        gate: What compares int8 vectors with float32 ones; None in other precisions.
     """
 
     def __init__(self, model: DualEncoder, precision: Precision) -> None:
         self.plain: dict[str, str] = {}
         self._model = model
-        dtype = DTYPES.get(precision, torch.float32)
+        dtype = DTYPES[precision]
+        words = dtype if precision != "int8" else DTYPES[_beside_int8()]
+        self.gate = Gate(model.encode_image) if precision == "int8" else None
         self._image: ImageForm | None = None
         self._text: TextForm | None = None
         with torch.inference_mode():
             if model.config.has_image:
                 self._image = self._form("image", lambda: image_form(model, dtype))
             if model.config.has_text:
-                self._text = self._form("text", lambda: text_form(model, dtype))
+                self._text = self._form("text", lambda: text_form(model, words))
 
-    def encode_image(self, pixels: Tensor, normalize: bool = False) -> Tensor:
-        """As :meth:`DualEncoder.encode_image`, without prior images."""
+    def encode_image(self, pixels: Tensor, normalize: bool = False, *, warn: bool = True) -> Tensor:
+        """As :meth:`DualEncoder.encode_image`, without prior images.
+
+        Raises:
+            PrecisionRefused: int8 is too far from float32 on these images, or this tower has no int8 form.
+        """
         if self._image is None:
+            if self.gate is not None and "image" in self.plain:
+                raise PrecisionRefused(
+                    f"this image tower has no int8 form: {self.plain['image']}", hint="use precision `bf16` or `fp32`"
+                )
             return self._model.encode_image(pixels, normalize=normalize)
         features = self._image(pixels)
+        if self.gate is not None:
+            self.gate.see(pixels, features, warn=warn)
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_text(self, ids: Tensor, lengths: Tensor | None = None, normalize: bool = False) -> Tensor:
@@ -95,6 +111,12 @@ class Engine:
         except NotPackable as reason:
             self.plain[side] = str(reason)
             return None
+
+
+def _beside_int8() -> Precision:
+    """What texts are encoded in while images are int8."""
+    chosen = resolve_precision("auto")
+    return "fp32" if chosen == "int8" else chosen
 
 
 def image_form(model: DualEncoder, dtype: torch.dtype) -> ImageForm:
@@ -120,6 +142,8 @@ def tower_form(tower: nn.Module, dtype: torch.dtype) -> ImageForm:
         from chiasm.encoders.inference.vit import PackedViT
 
         return PackedViT(tower, dtype=dtype)
+    if dtype == torch.int8:
+        raise NotPackable(f"{type(tower).__name__} is not VisionTransformer")
     from chiasm.encoders.inference.resnet import resnet_form
 
     return resnet_form(tower, dtype)

@@ -27,7 +27,7 @@ _FUSED: dict[str, tuple[str, str]] = {
     "gelu_tanh": ("gelu", "tanh"),
     "relu": ("relu", ""),
 }
-_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
+PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
     "silu": F.silu,
     "gelu": F.gelu,
@@ -73,7 +73,7 @@ class PackedLinear:
         """Return rows (n, out) of type ``dtype`` for rows (n, in) of any floating type."""
         x = x.to(self.dtype)
         if not self.packed:
-            return _PLAIN[self._activation](F.linear(x, self._weight, self._bias))
+            return PLAIN[self._activation](F.linear(x, self._weight, self._bias))
         if not len(x):
             return x.new_empty(0, self.out_features)
         name, algorithm = _FUSED[self._activation]
@@ -119,7 +119,7 @@ def can_pack(dtype: torch.dtype) -> bool:
             packed = reorder(weight, 7)
             for activation, (name, algorithm) in _FUSED.items():
                 found = linear(x, packed, bias, name, [], algorithm).float()
-                expected = _PLAIN[activation](F.linear(x.float(), weight.float(), bias.float()))
+                expected = PLAIN[activation](F.linear(x.float(), weight.float(), bias.float()))
                 if not bool((found - expected).abs().max() <= bound * expected.abs().max()):
                     return False
     except (AttributeError, RuntimeError, TypeError, NotImplementedError):

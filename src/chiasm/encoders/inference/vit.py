@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from chiasm.encoders.inference.blocks import attend_equal, attend_one, pack_blocks
-from chiasm.encoders.inference.packed import PackedLinear, require_plain
+from chiasm.encoders.inference.int8 import make_linear
+from chiasm.encoders.inference.packed import require_plain
 from chiasm.encoders.vit import VisionTransformer, check_pixels
 
 
@@ -21,7 +22,7 @@ class PackedViT:
 
     Args:
         tower: Its weights are copied.
-        dtype: Of the linear layers in the blocks and of the patch embedding.
+        dtype: Of the linear layers in the blocks and of the patch embedding; ``torch.int8`` quantises them.
 
     Raises:
         NotPackable: A part of it is not chiasm's own.
@@ -32,7 +33,7 @@ class PackedViT:
         require_plain(tower.conv1, nn.Conv2d)
         self._tower = tower
         self._few = tower.pool == "cls"
-        self._patches = PackedLinear(tower.conv1.weight.flatten(1), tower.conv1.bias, dtype=dtype)
+        self._patches = make_linear(tower.conv1.weight.flatten(1), tower.conv1.bias, dtype=dtype)
         self._blocks = pack_blocks(tower.transformer, dtype=dtype, few=self._few)
 
     def __call__(self, pixels: Tensor) -> Tensor:
