@@ -44,6 +44,11 @@ def centred(shape: tuple[int, ...], side: int) -> Placement:
     return Placement(width, height, round((width - side) / 2), round((height - side) / 2), side, side)
 
 
+def test_where_it_was_compiled_it_agrees_with_pillow() -> None:
+    """Otherwise a broken kernel would step aside, and every test below with it."""
+    assert bicubic.available() == (bicubic._load(Path(bicubic.__file__).parent) is not None)
+
+
 @needs_compiled
 @pytest.mark.parametrize("side", [1, 2, 16, 17, 63, 64, 65, 112, 224, 336, 384, 448, 512])
 def test_centre_crops_of_every_usual_side(side: int) -> None:

@@ -233,6 +233,7 @@ def test_fast_changes_large_jpegs_within_its_stated_bound(large: dict[str, bytes
     assert float(difference.max()) <= 6.01
     assert float(difference.mean()) <= 0.41
     assert not exact.fast
+    assert not ImageTransform(p).fast
     assert exact.draft_px is None
     assert "fast=True" in repr(fast)
     assert "fast" not in repr(exact)
