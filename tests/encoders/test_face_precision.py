@@ -125,6 +125,13 @@ def test_one_question_does_not_wait_for_the_layout(encoder: Encoder) -> None:
     assert encoder._engine is None  # the model itself answered
     same(encoder.encode_image(x), truth(encoder, x))
     assert encoder._engine is not None
+    for ask_twice in ("image", "text"):  # one of each is still one question
+        both = TinyEncoder()
+        both.encode_image(x)
+        both.encode(["a film"])
+        assert both._engine is None
+        both.encode_image(x) if ask_twice == "image" else both.encode_text("a film")
+        assert both._engine is not None
     many = TinyEncoder()
     many.encode_image(pixels(2))
     assert many._engine is not None

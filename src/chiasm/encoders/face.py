@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from chiasm.errors import ConfigError, InputError
-from chiasm.types import Embeddings, Preprocess, Space, check_same_space
+from chiasm.types import Embeddings, Modality, Preprocess, Space, check_same_space
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -97,7 +97,7 @@ class Encoder:
         self._engine: tuple[object, Engine | GpuEngine] | None = None
         self._static_batch: int | None = None
         self._engine_lock = Lock()
-        self._calls = 0
+        self._asked: set[Modality] = set()
         if precision not in ("fp32", "auto"):
             self.precision  # noqa: B018  an unknown one is told now
 
@@ -200,7 +200,7 @@ class Encoder:
         """
         if static_batch != self._static_batch:
             self._static_batch, self._engine = static_batch, None
-        self._fast_form(eager_first=False)
+        self._fast_form()
         return self
 
     @property
@@ -228,7 +228,7 @@ class Encoder:
             some = images[i : i + 8]
             pixels = some if isinstance(some, Tensor) else torch.stack([self.preprocess(_open(x)) for x in some])
             with torch.inference_mode():
-                engine: Any = self._fast_form(eager_first=False)
+                engine: Any = self._fast_form()
                 engine.encode_image(self._pixels(pixels), warn=False)
             if engine.gate.check.complete:
                 break
@@ -261,7 +261,9 @@ class Encoder:
         with torch.inference_mode():
             if before is not None:
                 return self._eval().encode_image(pixels, normalize=normalize, prior=before)
-            return self._fast_form(eager_first=len(pixels) == 1).encode_image(pixels, normalize=normalize)
+            return self._fast_form(single="image" if len(pixels) == 1 else None).encode_image(
+                pixels, normalize=normalize
+            )
 
     def encode_text(self, tokens: Tensor | Tokens | str | Sequence[str], normalize: bool = False) -> Tensor:
         """Return the embeddings of texts, given as strings, as :class:`Tokens` or as token ids.
@@ -280,7 +282,7 @@ class Encoder:
         with torch.inference_mode():
             if len(ids) == 0:
                 return torch.zeros(0, self.dim, device=self.device)
-            form = self._fast_form(eager_first=len(ids) == 1)
+            form = self._fast_form(single="text" if len(ids) == 1 else None)
             return form.encode_text(ids.to(self.device), lengths, normalize=normalize)
 
     def patch_features(self, pixels: Tensor, normalize: bool = True) -> Tensor:
@@ -360,17 +362,18 @@ class Encoder:
                 check_same_space(side, Embeddings(np.zeros((0, self.dim), np.float32), (), self.space, side.modality))
         return _unit_rows(a) @ _unit_rows(b).T
 
-    def _fast_form(self, *, eager_first: bool) -> DualEncoder | Engine | GpuEngine:
+    def _fast_form(self, *, single: Modality | None = None) -> DualEncoder | Engine | GpuEngine:
         """Return what encodes: the model itself, or its fast form, made anew when weights have changed.
 
         Args:
-            eager_first: Whether the very first call may go to the model itself, so that whoever asks one question does
-                not wait until all weights are laid out anew (in fp32, where both agree to the last few bits).
+            single: Of a call with one item: its side. The first such call of a side goes to the model itself, so that
+                whoever asks one question does not wait until all weights are laid out anew (in fp32, where both agree
+                to the last few bits), unless that has been done.
         """
         model = self._eval()
         with self._engine_lock:
-            self._calls += 1
-            if eager_first and self._calls == 1 and self.precision == "fp32":
+            if single is not None and single not in self._asked and self._engine is None and self.precision == "fp32":
+                self._asked.add(single)
                 return model
             key = weights_key(model)
             if self._engine is None or self._engine[0] != key:
@@ -424,7 +427,7 @@ class Encoder:
                     part = order[start : start + batch_size]
                     with torch.inference_mode():
                         ids = tokens.ids[part].to(self.device)
-                        form = self._fast_form(eager_first=len(items) == 1)
+                        form = self._fast_form(single="text" if len(items) == 1 else None)
                         found = form.encode_text(ids, tokens.lengths[part], normalize=normalize)
                     vectors[[text_rows[int(i)] for i in part]] = found.to(vectors.dtype)
                     progress.advance(len(part))
