@@ -155,3 +155,12 @@ def test_keys_by_caption_group_or_row(tmp_path):
     part = pairs.select([4, 0])
     assert [s.id for s in part.samples] == ["row-4", "row-0"]
     assert part.digest != pairs.digest
+
+
+@pytest.mark.parametrize(("processors", "threads"), [(1, 2), (2, 2), (6, 6), (64, 8)])
+def test_images_are_decoded_by_as_many_threads_as_there_are_processors(monkeypatch, processors, threads):
+    """Two threads starve a model that runs on sixteen; hundreds would only hold memory."""
+    from chiasm.train import images
+
+    monkeypatch.setattr(images, "available_cpus", lambda: processors)
+    assert images.decoders() == threads

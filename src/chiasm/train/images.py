@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chiasm.data.augment import Augment, augmentation
+from chiasm.data.loader import available_cpus
 from chiasm.data.transforms import fit_image, image_transform
 from chiasm.datasets.images import plain_reason
 from chiasm.errors import ChiasmError, InputError
@@ -29,6 +30,7 @@ from chiasm.types import Preprocess, digest_of
 
 T = TypeVar("T")
 CHUNK = 256  # rows decoded ahead
+MOST_DECODERS = 8
 MEMORY_BYTES = 2 * 1024**3
 
 
@@ -52,7 +54,7 @@ def images_of(
     augment: Augment | None,
     rejects: RejectLog,
     progress: Progress | None = None,
-    workers: int = 2,
+    workers: int | None = None,
 ) -> tuple[ImageBatch, PairTable]:
     """Return what makes pixels of rows, from memory if the recipe allows and they fit, and the rows that can be read.
 
@@ -63,7 +65,7 @@ def images_of(
         augment: None: never augment.
         rejects: Where unreadable images are noted; those of files that are read later, when they are met.
         progress: Told after every image that is decoded into memory.
-        workers: Threads that decode; the pixels do not depend on how many.
+        workers: Threads that decode; the pixels do not depend on how many. None: as many as :func:`decoders` says.
 
     Raises:
         InputError: No image can be read, or one cannot and ``data.on_bad_row`` is ``fail``.
@@ -99,7 +101,7 @@ def file_images(
     *,
     augment: Augment | None,
     rejects: RejectLog | None = None,
-    workers: int = 2,
+    workers: int | None = None,
 ) -> FileImages:
     """Return what decodes rows when they are asked for, augmenting each image at its full resolution."""
     augmented = None if augment is None else augmentation(augment, preprocess)
@@ -109,8 +111,13 @@ def file_images(
         augmented=augmented,
         rejects=rejects,
         samples=table.samples,
-        workers=workers,
+        workers=decoders() if workers is None else workers,
     )
+
+
+def decoders() -> int:
+    """Return how many threads decode: one a processor, at least two and at most eight."""
+    return min(max(2, available_cpus()), MOST_DECODERS)
 
 
 def readable(
@@ -120,7 +127,7 @@ def readable(
     fail: bool,
     cache: Path,
     progress: Progress | None = None,
-    workers: int = 2,
+    workers: int | None = None,
 ) -> PairTable:
     """Return the rows whose images decode; the outcome is remembered in ``cache`` while no file changes.
 
@@ -149,7 +156,7 @@ def _each(
     *,
     fail: bool,
     progress: Progress | None,
-    workers: int,
+    workers: int | None,
 ) -> PairTable:
     """Make something of every row in threads, hand it over in order, and return the rows for which it worked."""
 
@@ -162,7 +169,7 @@ def _each(
     progress = progress or SilentProgress()
     progress.start(len(table), "images")
     rows: list[int] = []
-    pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="chiasm-decode")
+    pool = ThreadPoolExecutor(decoders() if workers is None else max(1, workers), thread_name_prefix="chiasm-decode")
     try:
         for start in range(0, len(table), CHUNK):
             part = range(start, min(start + CHUNK, len(table)))
