@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from chiasm.errors import InputError, UnknownName
 from chiasm.tasks import int8_scan, quantized, retrieval
+from chiasm.tasks.hidden_cells import HiddenCells
 from chiasm.tasks.int8_scan import Product, best_product, compiled_product, is_exact, kernel_product, torch_product
-from chiasm.tasks.quantized import HiddenCells, find_candidates, quantize
+from chiasm.tasks.quantized import find_candidates, quantize
 from chiasm.tasks.retrieval import Searcher, search
 from chiasm.types import Embeddings
 
@@ -154,12 +155,14 @@ def test_crowded_queries_are_given_up_and_answered_in_fp32(make: Make) -> None:
 
 
 def test_few_candidates_on_clusters_and_in_a_cone() -> None:
-    for kind, most in (("clusters", 400), ("cone", 400)):
+    for kind, most in (("clusters", 700), ("cone", 100)):
         vectors = made(kind, 20_000, 256).astype(np.float32)
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-        found = find_candidates(quantize(vectors, normalized=True), vectors[:20], 10)
+        corpus = quantize(vectors, normalized=True)
+        found = find_candidates(corpus, vectors[:20], 10)
         assert not found.crowded.any()
         assert len(found.query) / 20 < most
+        assert quantized._wants_fine(corpus, vectors[:20], 10, best_product()).all() == (kind == "cone")  # type: ignore[arg-type]
 
 
 def test_damage_is_told_as_by_fp32(make: Make) -> None:

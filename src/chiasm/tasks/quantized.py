@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from chiasm.errors import InputError
 from chiasm.io.mapped_vectors import release_pages
+from chiasm.tasks.hidden_cells import HiddenCells
 from chiasm.tasks.int8_scan import (
     MAX_WIDTH,
     WIDTH_STEP,
@@ -41,7 +42,7 @@ from chiasm.tasks.top_rows import kth_best
 #: Rows that share one largest error.
 GRANULE = 1024
 _BUILD_ROWS = 1024
-_SAMPLE_ROWS = 2048
+_SAMPLE_ROWS, _RUN_ROWS = 2048, 64
 _CLIP = 0.9999  # of the sampled values; what is clipped is counted in the error like all the rest
 _QUERY_ROWS = 256
 _FINE_QUERIES = 4  # so few wait for memory, and a second product costs nothing
@@ -107,35 +108,6 @@ class Candidates:
     crowded: NDArray[np.bool_]
 
 
-@dataclass(frozen=True)
-class HiddenCells:
-    """Cells (query, row) that may not be found, sorted by row."""
-
-    row: NDArray[np.int64]
-    query: NDArray[np.int64]
-
-    @classmethod
-    def of(cls, rows: list[NDArray[np.int64]]) -> HiddenCells:
-        """Make them of the hidden rows of each query."""
-        row = np.concatenate([*rows, np.empty(0, np.int64)])
-        query = np.repeat(np.arange(len(rows)), [len(r) for r in rows])
-        order = np.argsort(row, kind="stable")
-        return cls(row[order], query[order])
-
-    def queries(self, which: NDArray[np.int64]) -> HiddenCells:
-        """Return the cells of some queries (rising), which are numbered anew in that order."""
-        if not len(which):
-            return HiddenCells(self.row[:0], self.query[:0])
-        place = np.minimum(np.searchsorted(which, self.query), len(which) - 1)
-        inside = which[place] == self.query
-        return HiddenCells(self.row[inside], place[inside])
-
-    def rows(self, first: int, last: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return queries and columns of the cells in some rows, columns counted from the first of them."""
-        part = slice(*np.searchsorted(self.row, (first, last)))
-        return self.query[part], self.row[part] - first
-
-
 def row_norms(block: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return the norms of raw rows.
 
@@ -194,14 +166,14 @@ def quantize(
             room.rest, room.rounded = (np.empty((_BUILD_ROWS, dim), np.float32) for _ in range(2))
         rest, rounded = room.rest[: last - first], room.rounded[: last - first]
         rows = vectors[first:last]
-        _round(rows, centre, scale, rest, rounded, normalized=normalized)
-        found = codes[first:last] if write is None else np.zeros((last - first, width), np.int8)
-        with np.errstate(invalid="ignore"):  # NaN is told below
+        with np.errstate(all="ignore"):  # what is not finite is told below
+            _round(rows, centre, scale, rest, rounded, normalized=normalized)
+            found = codes[first:last] if write is None else np.zeros((last - first, width), np.int8)
             found[:, :dim] = rounded
-        rounded *= np.float32(scale)
-        rest -= rounded
-        size = np.sqrt(np.einsum("nd,nd->n", rounded, rounded))
-        lost = np.sqrt(np.einsum("nd,nd->n", rest, rest))
+            rounded *= np.float32(scale)
+            rest -= rounded
+            size = np.sqrt(np.einsum("nd,nd->n", rounded, rounded))
+            lost = np.sqrt(np.einsum("nd,nd->n", rest, rest))
         if not np.isfinite(lost).all():
             raise not_finite(first, last)
         # Sums of dim terms in fp32 are off by at most dim + 2 units of rounding, relative to the norms (Higham 2002).
@@ -264,8 +236,10 @@ def _round(
 
 def _centre_and_scale(vectors: NDArray[np.float32], *, normalized: bool) -> tuple[NDArray[np.float32], float]:
     """Return the mean of a sample of rows, and what a code of 1 stands for."""
-    rows = np.unique(np.linspace(0, len(vectors) - 1, min(len(vectors), _SAMPLE_ROWS)).astype(np.int64))
-    sample = vectors[rows]
+    # Runs of rows: reading one row of a mapped file brings its neighbours into memory too.
+    starts = np.unique(np.linspace(0, max(0, len(vectors) - _RUN_ROWS), _SAMPLE_ROWS // _RUN_ROWS).astype(np.int64))
+    sample = np.concatenate([vectors[first : first + _RUN_ROWS] for first in starts])
+    release_pages(vectors)
     norms = np.linalg.norm(sample, axis=1)
     sample = sample[np.isfinite(norms) & (norms > 0)]  # others are told when their block is reached
     if not normalized:
@@ -305,10 +279,10 @@ def find_candidates(
     threads = default_threads() if threads is None else threads
     if product is not compiled_product():
         threads = 1  # torch has threads of its own
-    cells, rows, crowded = _EMPTY, np.arange(len(units)), np.ones(len(units), dtype=bool)
-    for fine in (False, True):
-        if not fine and len(units) <= _FINE_QUERIES:
-            continue
+    cells, crowded = _EMPTY, np.ones(len(units), dtype=bool)
+    fine_first = _wants_fine(corpus, units, k, product)
+    for fine, which in ((False, ~fine_first), (True, crowded)):  # crowded is what is left by then
+        rows = np.flatnonzero(which)
         for start in range(0, len(rows), _QUERY_ROWS):
             some = rows[start : start + _QUERY_ROWS]
             masked = None if hidden is None else hidden.queries(some)
@@ -316,9 +290,23 @@ def find_candidates(
             crowded[some] = given_up
             found = (some[found[0]], *found[1:])
             cells = tuple(np.concatenate(c) for c in zip(cells, found, strict=True))  # type: ignore[assignment]
-        rows = np.flatnonzero(crowded)
     query, row, score, half = cells
     return Candidates(query, row, score, score + half, crowded)
+
+
+def _wants_fine(corpus: QuantizedCorpus, units: NDArray[np.float32], k: int, product: Product) -> NDArray[np.bool_]:
+    """Return which queries keep too much of 1,024 rows when they have 8 bits; all where a second product costs nothing."""
+    n = len(corpus)
+    if len(units) <= _FINE_QUERIES or n < 8 * GRANULE:
+        return np.full(len(units), len(units) <= _FINE_QUERIES)
+    wanted = np.zeros(len(units), dtype=bool)
+    first = n // 2 // GRANULE * GRANULE
+    for start in range(0, len(units), _QUERY_ROWS):
+        part = units[start : start + _QUERY_ROWS]
+        scan = _Scan(corpus, part, min(k, GRANULE), None, product, False)
+        kept = scan.kept(first, first + GRANULE)
+        wanted[start : start + len(part)] = kept > max(4 * k, GRANULE // 4)
+    return wanted
 
 
 def can_scan(dim: int) -> bool:
@@ -386,6 +374,12 @@ class _Scan:
         keep = (score + half >= self._sure[query]) & ~self._crowded[query]
         return (query[keep], row[keep], score[keep], half[keep]), self._crowded
 
+    def kept(self, first: int, last: int) -> NDArray[np.int64]:
+        """Return how many of some rows each query cannot rule out when it has seen these alone."""
+        self._block(first, last)
+        count: NDArray[np.int64] = self._count + GRANULE * self._crowded
+        return count
+
     def _block(self, first: int, last: int) -> None:
         if self._crowded.all():
             return
@@ -433,7 +427,8 @@ class _Scan:
         with np.errstate(invalid="ignore", over="ignore"):
             value = np.floor((least - self._offset) / self._step) - 1
         value[self._crowded] = _NEVER
-        return np.clip(value, _HIDDEN + 1, _NEVER).astype(np.int32)
+        threshold: NDArray[np.int32] = np.clip(value, _HIDDEN + 1, _NEVER).astype(np.int32)
+        return threshold
 
     def _take(
         self,

@@ -21,8 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chiasm.errors import InputError, UnknownName
+from chiasm.io.mapped_vectors import mapped_file, release_pages
+from chiasm.tasks.hidden_cells import HiddenCells
 from chiasm.tasks.quantized import (
-    HiddenCells,
     QuantizedCorpus,
     can_scan,
     find_candidates,
@@ -264,6 +265,7 @@ def _check_corpus(corpus: Embeddings) -> None:
     if corpus.normalized:
         sample = np.unique(np.linspace(0, len(corpus) - 1, min(len(corpus), 1024)).astype(np.int64))
         unit_vectors(corpus.select(sample), "corpus")
+        release_pages(corpus.vectors)
 
 
 def _by_index(
@@ -280,11 +282,18 @@ def _by_index(
     order = np.lexsort((-found.score, query))
     rank = np.empty(len(query), dtype=np.int64)
     rank[order] = np.arange(len(query)) - np.searchsorted(query[order], query[order])
-    exact = _exact_scores(units, corpus.vectors, normalized=corpus.normalized)
+    score = _exact_scores(units, corpus.vectors, normalized=corpus.normalized)
+
+    def exact(query: NDArray[np.int64], row: NDArray[np.int64]) -> NDArray[np.float64]:
+        scores = score(query, row)
+        release_pages(corpus.vectors)  # scattered rows bring their neighbours into memory
+        return scores
+
+    width = corpus.dim * (1 if mapped_file(corpus.vectors) is None else 8)
     first = rank < top.k
-    top.take(query[first], row[first], exact, width=corpus.dim)
+    top.take(query[first], row[first], exact, width=width)
     later = ~first & (found.upper >= top.scores[query, -1])
-    top.take(query[later], row[later], exact, width=corpus.dim)
+    top.take(query[later], row[later], exact, width=width)
     return np.flatnonzero(found.crowded)
 
 

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import threading
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -73,13 +72,14 @@ def open_index(
 
 def _beside(vectors: NDArray[np.float32]) -> Path | None:
     file = mapped_file(vectors)
-    if file is None or file.name != VECTORS or not (file.parent / STAMP).is_file():
+    if file is None or file.name != VECTORS:
         return None
-    with suppress(OSError):
-        header = file.stat().st_size - vectors.nbytes
-        if 0 < header < 4096:  # the whole file, not some rows of it
-            return file.parent / FOLDER
-    return None
+    try:
+        facts = json.loads((file.parent / STAMP).read_text(encoding="utf-8"))
+        whole = (facts["rows"], facts["dim"]) == vectors.shape
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return file.parent / FOLDER if whole else None
 
 
 def _write(folder: Path, vectors: NDArray[np.float32], *, normalized: bool) -> None:
