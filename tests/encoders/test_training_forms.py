@@ -226,6 +226,22 @@ def test_checkpointed_blocks_give_the_same_gradients():
     assert worst(gradients_of(tower, text_features(tower, ids, lengths).square().sum()), plain) < 1e-6
 
 
+def test_checkpointed_blocks_under_autocast_repeat_what_they_did():
+    tower = make_text().train()
+    ids, lengths = texts([3, 8, 11])
+
+    def half():
+        with torch.autocast("cpu", torch.bfloat16):
+            out = text_features(tower, ids, lengths)
+        return gradients_of(tower, out.float().square().sum())
+
+    plain = half()
+    tower.set_grad_checkpointing()
+    assert worst(half(), plain) < 1e-6
+    full = gradients_of(tower, text_features(tower, ids, lengths).square().sum())
+    assert 1e-5 < worst(plain, full) < 0.1
+
+
 def test_frozen_blocks_get_no_gradient_and_pass_one_on():
     tower = make_text()
     tower.transformer.requires_grad_(False)
