@@ -65,6 +65,12 @@ def encoder(**options: int) -> Watched:
     return Watched(**options)
 
 
+@pytest.fixture(autouse=True)
+def one_batch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test stops or counts batch by batch; tests/test_embed_streams.py has several at a time."""
+    monkeypatch.setattr("chiasm.embed_streams.ENCODERS", 1)
+
+
 @pytest.fixture
 def pictures(tmp_path: Path) -> list[Sample]:
     rng = np.random.default_rng(0)

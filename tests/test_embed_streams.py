@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from chiasm.embed_streams import (
     TextStream,
     Vectors,
     cut_by_tokens,
+    encoders_for,
 )
 from chiasm.encoders.base import Encoder
 from chiasm.errors import ConfigError, InputError
@@ -80,7 +83,9 @@ SHARED = Watched()
 def test_batches_are_cut_by_position_whatever_is_wanted(wanted: set[int], workers: int) -> None:
     encoder = SHARED
     encoder.pixels.clear()
-    found = list(image_stream(13, encoder, workers).run(sorted(wanted)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("chiasm.embed_streams.ENCODERS", 1)
+        found = list(image_stream(13, encoder, workers).run(sorted(wanted)))
     by_position = {k: [r for r in sorted(wanted) if r // 4 == k] for k in range(4)}
     assert [f.rows for f in found] == [rows for rows in by_position.values() if rows]
     every = pictures(13)
@@ -108,6 +113,92 @@ def test_a_batch_of_one_has_the_same_bits_first_and_last() -> None:
     for stream in (image_stream(5), text_stream(texts, Watched())):
         list(stream.run([]))
         assert stream.encoder._engine is None, "weights are laid out although nothing is wanted"
+
+
+class Held(Watched):
+    """Waits in ``encode_image`` until several calls are in it, checks that its pixels stay, and may fail."""
+
+    def __init__(self, together: int, fail_at: int = -1, error: type[BaseException] = ZeroDivisionError) -> None:
+        super().__init__()
+        self.barrier = threading.Barrier(together)
+        self.fail_at = fail_at
+        self.error = error
+        self.threads: list[tuple[str, int]] = []
+
+    def encode_image(self, pixels: Tensor, normalize: bool = False, **_: Any) -> Tensor:
+        before = pixels.clone()
+        with contextlib.suppress(threading.BrokenBarrierError):
+            self.barrier.wait(5)
+        time.sleep(0.01)
+        assert torch.equal(pixels, before), "a slot was written while it was encoded"
+        self.threads.append((threading.current_thread().name, torch.get_num_threads()))
+        if len(self.threads) == self.fail_at:
+            raise self.error
+        found = super().encode_image(pixels, normalize)
+        pixels.fill_(torch.nan)  # nobody may read it again
+        return found
+
+
+@pytest.fixture
+def four_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("four_threads")
+@pytest.mark.parametrize("encoders", [2, 4])
+def test_several_batches_are_encoded_at_a_time_each_with_its_share_of_threads(
+    monkeypatch: pytest.MonkeyPatch, encoders: int
+) -> None:
+    monkeypatch.setattr("chiasm.embed_streams.ENCODERS", encoders)
+    encoder = Held(encoders)
+    found = list(image_stream(32, encoder).run(range(32)))
+    assert [f.rows for f in found] == [list(range(k, k + 4)) for k in range(0, 32, 4)]
+    assert {share for _, share in encoder.threads} == {4 // encoders}
+    assert len({name for name, _ in encoder.threads}) == encoders
+    assert torch.get_num_threads() == 4
+    late: list[int] = []
+    thread = threading.Thread(target=lambda: late.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert late == [4], "threads that are started afterwards have what they had"
+    monkeypatch.setattr("chiasm.embed_streams.ENCODERS", 1)
+    alone = list(image_stream(32).run(range(32)))
+    for ours, plain in zip(found, alone, strict=True):
+        np.testing.assert_allclose(ours.vectors, plain.vectors, atol=1e-6)
+    assert not own_threads()
+
+
+@pytest.mark.usefixtures("four_threads")
+def test_the_number_of_encoders_follows_the_data_set_not_what_is_left_of_it() -> None:
+    cpu = torch.device("cpu")
+    assert [encoders_for(n, cpu) for n in (0, 1, 3, 100)] == [1, 1, 3, 4]
+    assert encoders_for(100, torch.device("cuda")) == 1
+    rest, small = Held(1), Held(1)
+    list(image_stream(32, rest).run([31]))
+    assert rest.threads == [("chiasm-encoder_0", 1)], "with the threads of the uninterrupted run, for the same bits"
+    list(image_stream(4, small).run(range(4)))
+    assert small.threads == [("MainThread", 4)], "a single batch is shared by all threads"
+
+
+@pytest.mark.usefixtures("four_threads")
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_an_error_in_one_encoder_comes_after_the_batches_before_it_and_ends_all(error: type[BaseException]) -> None:
+    encoder = Held(4, fail_at=3, error=error)
+    stream = image_stream(400, encoder).run(range(400))
+    rows: list[int] = []
+    with pytest.raises(error):
+        rows.extend(row for found in stream for row in found.rows)
+    assert len(rows) <= 12
+    assert not own_threads()
+    assert torch.get_num_threads() == 4
+    dropped = image_stream(400).run(range(400))
+    next(dropped)
+    dropped.close()
+    assert not own_threads()
+    assert torch.get_num_threads() == 4
 
 
 class Shaped(Watched):
@@ -183,8 +274,12 @@ def test_short_texts_are_many_to_a_batch_and_long_ones_few() -> None:
     assert [len(b) for b in cut_by_tokens(np.full(32, 512), 32)] == [32]
 
 
-def test_windows_of_texts_are_cut_by_position_and_come_back_in_order() -> None:
+@pytest.mark.parametrize("encoders", [1, 2])
+def test_windows_of_texts_are_cut_by_position_and_come_back_in_order(
+    monkeypatch: pytest.MonkeyPatch, encoders: int
+) -> None:
     texts: list[str | None] = ["one two three", "a", "b", "a", "", "one two three", "c d", "a", None, "e"]
+    monkeypatch.setattr("chiasm.embed_streams.ENCODERS", encoders)
     encoder = Watched()
     stream = text_stream(texts, encoder, batch_size=1)
     found = list(stream.run(range(10)))

@@ -1,8 +1,14 @@
 """The three parts of embedding that run side by side: decode or tokenise, encode, write.
 
-Comes in: samples, an encoder, the rows that are wanted. Goes out: vectors of rows, and chunks that are committed. The
-encoder runs in the caller's thread; images are decoded by the threads of :class:`PixelBatches`, texts are tokenised
-one window ahead, and :class:`ChunkWriter` commits in a thread of its own. Every queue between them is bounded.
+Comes in: samples, an encoder, the rows that are wanted. Goes out: vectors of rows, and chunks that are committed.
+Images are decoded by the threads of :class:`PixelBatches`, texts are tokenised one window ahead, and
+:class:`ChunkWriter` commits in a thread of its own. Every queue between them is bounded.
+
+The CPU's threads: torch's threads (``torch.get_num_threads()``, set by ``OMP_NUM_THREADS``) do not share a batch. Each
+takes batches of its own, up to :data:`ENCODERS` batches at a time (more threads share them evenly), so none of them
+waits for another at the end of every operation. That matters because the decoding threads, as many as there are CPUs,
+want the same CPUs: threads that wait for each other spin meanwhile, which doubled CPU time and wall time alike on two
+CPUs, where threads that wait for nobody leave the CPUs to whoever has work. A single batch is shared by all threads.
 
 Batches are cut by the position of a sample in the data set, not by what is left to do, so a run that is resumed forms
 the batches of the uninterrupted one, and its vectors have the same bits.
@@ -10,12 +16,16 @@ the batches of the uninterrupted one, and its vectors have the same bits.
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,9 +44,12 @@ if TYPE_CHECKING:
     from chiasm.data.tokens import Tokens
     from chiasm.encoders.base import Encoder
 
+T = TypeVar("T")
 #: A batch of texts holds up to this many tokens, and up to this many texts, for each image that a batch would hold.
 TOKENS_PER_IMAGE = 128
 TEXTS_PER_IMAGE = 4
+#: Batches that are encoded at a time on a CPU, at most; each holds its own activations.
+ENCODERS = 8
 #: Batches of vectors that may wait for the writer.
 WAITING = 8
 
@@ -93,15 +106,27 @@ class ImageStream:
             self.encoder.prepare()
         device = self.encoder.device
         size = self.encoder.preprocess_spec.size
+        # By the length of the data set, not of what is wanted, which changes with every interruption.
+        held = encoders_for(math.ceil(len(self.samples) / self.batch_size), device)
         batches = PixelBatches(
             self.samples, [rows for _, rows in sorted(cuts.items())], fill=self._fill, shape=(3, size, size),
-            workers=self.workers, pinned=device.type == "cuda", on_bad=self.on_bad, rejects=self.rejects,
+            workers=self.workers, held=held, pinned=device.type == "cuda", on_bad=self.on_bad, rejects=self.rejects,
         )  # fmt: skip
         if device.type == "cuda":
             yield from _encode_on_gpu(self.encoder, batches, device)
             return
-        for batch in batches:
-            yield Vectors(list(batch.rows), to_numpy(self.encoder.encode_image(batch.pixels, normalize=True)))
+        running: deque[tuple[tuple[int, ...], Future[NDArray[np.float32]]]] = deque()
+        with encoder_pool(held) as submit:
+            for batch in batches:
+                running.append((batch.rows, submit(partial(self._encode, batch.pixels))))
+                if len(running) == held:
+                    rows, found = running.popleft()
+                    yield Vectors(list(rows), found.result())
+            for rows, found in running:
+                yield Vectors(list(rows), found.result())
+
+    def _encode(self, pixels: Tensor) -> NDArray[np.float32]:
+        return to_numpy(self.encoder.encode_image(pixels, normalize=True))
 
     def _fill(self, row: int, out: NDArray[np.float32]) -> None:
         picture = self.pictures.get(row)
@@ -231,10 +256,17 @@ class TextStream:
         cut = set(tokens.truncated)
         self.truncated += sum(i in cut for i in places)
         vectors = np.empty((len(unique), self.encoder.dim), np.float32)
-        for part in cut_by_tokens(tokens.lengths.numpy(), self.batch_size):
-            batch = type(tokens)(tokens.ids[part], tokens.lengths[part], ())
-            vectors[part] = to_numpy(self.encoder.encode_text(batch, normalize=self.normalize))
+        parts = cut_by_tokens(tokens.lengths.numpy(), self.batch_size)
+        with encoder_pool(encoders_for(len(parts), self.encoder.device)) as submit:
+            batches = [type(tokens)(tokens.ids[part], tokens.lengths[part], ()) for part in parts]
+            # Longest first, so that no encoder is left with the most work at the end.
+            found = [submit(partial(self._encode, batch)) for batch in reversed(batches)]
+            for part, future in zip(reversed(parts), found, strict=True):
+                vectors[part] = future.result()
         yield Vectors(rows, vectors[places])
+
+    def _encode(self, tokens: Tokens) -> NDArray[np.float32]:
+        return to_numpy(self.encoder.encode_text(tokens, normalize=self.normalize))
 
 
 def cut_by_tokens(lengths: NDArray[np.int64], batch_size: int) -> list[NDArray[np.int64]]:
@@ -347,6 +379,42 @@ class ChunkWriter:
             self._rows.clear()
             self._parts.clear()
             self.added += self._commit(chunk)
+
+
+def encoders_for(batches: int, device: torch.device) -> int:
+    """Return how many batches are encoded at a time: one a thread of torch on a CPU, one elsewhere."""
+    import torch
+
+    return max(1, min(torch.get_num_threads(), ENCODERS, batches)) if device.type == "cpu" else 1
+
+
+@contextmanager
+def encoder_pool(n: int) -> Iterator[Callable[[Callable[[], T]], Future[T]]]:
+    """Give a function that runs calls in ``n`` threads, among which torch's threads are shared out.
+
+    With ``n`` of 1 calls run at once, in the caller's thread and with all of torch's threads. Leaving waits for what is
+    running, drops what is not, and threads started later have as many of torch's threads as before.
+    """
+    if n == 1:
+        yield _run_now
+        return
+    import torch
+
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(
+        n, thread_name_prefix="chiasm-encoder", initializer=torch.set_num_threads, initargs=(max(1, threads // n),)
+    )
+    try:
+        yield pool.submit
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(threads)
+
+
+def _run_now(call: Callable[[], T]) -> Future[T]:
+    done: Future[T] = Future()
+    done.set_result(call())
+    return done
 
 
 def decoding_threads() -> int:

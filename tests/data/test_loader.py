@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -260,6 +261,19 @@ def test_a_slot_is_never_written_while_the_consumer_has_it() -> None:
     assert all(p % 64 == 0 for p in places)
 
 
+@pytest.mark.parametrize(("held", "ahead", "workers"), [(2, 0, 2), (3, 1, 3), (4, 2, 1), (3, 2, 0)])
+def test_several_batches_may_be_held_at_a_time(held: int, ahead: int, workers: int) -> None:
+    kept: deque[tuple[int, torch.Tensor]] = deque()
+    for k, batch in enumerate(pixel_batches(in_batches(60, 3), workers=workers, ahead=ahead, held=held)):
+        kept.append((k, batch.pixels))
+        time.sleep(0.002)
+        for number, pixels in kept:
+            assert pixels[:, 0, 0, 0].tolist() == [3 * number, 3 * number + 1, 3 * number + 2]
+        if len(kept) == held:
+            kept.popleft()[1].fill_(torch.nan)
+    assert k == 19
+
+
 def test_a_view_that_is_kept_too_long_shows_other_rows() -> None:
     """The price of memory that is used again, and the proof that it is."""
     iterator = iter(pixel_batches(in_batches(30, 2), workers=1, ahead=2))
@@ -330,10 +344,12 @@ def test_a_second_pass_starts_afresh_and_nothing_is_allocated_for_nothing(monkey
     made.clear()
     assert list(pixel_batches([])) == []
     assert made == []
-    with pytest.raises(InputError, match="must not be negative, got -1 and 2"):
+    with pytest.raises(InputError, match="got -1, 2 and 1"):
         pixel_batches([[0]], workers=-1)
     with pytest.raises(InputError, match="must not be negative"):
         pixel_batches([[0]], ahead=-1)
+    with pytest.raises(InputError, match="held at least 1"):
+        pixel_batches([[0]], held=0)
 
 
 def test_available_cpus_are_what_affinity_and_cgroup_grant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

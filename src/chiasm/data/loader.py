@@ -172,7 +172,7 @@ class PixelBatch(NamedTuple):
     Attributes:
         rows: Rows of the samples, in the order of ``pixels``; rejected rows are absent.
         pixels: float32 (rows, 3, size, size): a view of a slot of the ring. It holds these rows only until the next
-            batch is asked for; copy what is to be kept.
+            batch is asked for, or the ``held``-th one after it; copy what is to be kept.
     """
 
     rows: tuple[int, ...]
@@ -180,10 +180,10 @@ class PixelBatch(NamedTuple):
 
 
 class PixelBatches:
-    """Iterate over batches of pixels that threads write into a ring of ``ahead + 1`` batches allocated beforehand.
+    """Iterate over batches of pixels that threads write into a ring of ``ahead + held`` batches allocated beforehand.
 
-    Image i of batch k is written at place i of slot k modulo ``ahead + 1``. The slot of a batch is given away only
-    when the consumer asks for the batch after it, so no pixel changes while it is read, a slow consumer holds the
+    Image i of batch k is written at place i of slot k modulo the length of the ring. The slot of a batch is given away
+    only when the consumer asks for the batch after it (the ``held``-th batch after it), so no pixel changes while it is read, a slow consumer holds the
     decoders back, and memory is that of the ring (each slot ``4 * 3 * size² * longest batch`` bytes) plus one decoded
     image a thread, however many samples there are. The threads end with the iteration: at its end, on an error, on
     Ctrl-C, and when the iterator is dropped.
@@ -195,7 +195,8 @@ class PixelBatches:
             several threads at a time.
         shape: Of one image: (3, height, width).
         workers: Threads; 0 decodes in the calling thread; None: as many as :func:`available_cpus`.
-        ahead: Batches that are decoded while the consumer works on one.
+        ahead: Batches that are decoded while the consumer works.
+        held: Batches that the consumer works on at a time.
         pinned: Allocate the ring in page-locked memory, from which copies to a GPU run beside other work.
         on_bad: As in :class:`Batches`: a bad row is noted and the batch is smaller, or ``InputError`` is raised.
         rejects: Where bad rows are noted.
@@ -213,19 +214,23 @@ class PixelBatches:
         shape: tuple[int, int, int],
         workers: int | None = None,
         ahead: int = AHEAD,
+        held: int = 1,
         pinned: bool = False,
         on_bad: OnBad = "skip",
         rejects: RejectLog | None = None,
     ) -> None:
         workers = available_cpus() if workers is None else workers
-        if workers < 0 or ahead < 0:
-            raise InputError(f"workers and ahead must not be negative, got {workers} and {ahead}")
+        if workers < 0 or ahead < 0 or held < 1:
+            raise InputError(
+                f"workers and ahead must not be negative and held at least 1, got {workers}, {ahead} and {held}"
+            )
         self.samples = samples
         self.batches = [list(rows) for rows in batches if len(rows)]
         self.fill = fill
         self.shape = shape
         self.workers = workers
         self.ahead = ahead
+        self.held = held
         self.pinned = pinned
         self.on_bad: OnBad = on_bad
         self.rejects = RejectLog() if rejects is None else rejects
@@ -233,21 +238,21 @@ class PixelBatches:
     def __iter__(self) -> Iterator[PixelBatch]:
         if not self.batches:
             return
-        slots = self._allocate(min(self.ahead if self.workers else 0, len(self.batches) - 1) + 1)
+        ahead = self.ahead if self.workers else 0
+        slots = self._allocate(min(ahead + self.held, len(self.batches)))
         if self.workers == 0:
-            for rows in self.batches:
-                slot = slots[0].numpy()
-                yield from self._gather(
-                    rows, slots[0], [partial(self.fill, row, slot[i]) for i, row in enumerate(rows)]
-                )
+            for number, rows in enumerate(self.batches):
+                chosen = slots[number % len(slots)]
+                slot = chosen.numpy()
+                yield from self._gather(rows, chosen, [partial(self.fill, row, slot[i]) for i, row in enumerate(rows)])
             return
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="chiasm-loader")
         pending: deque[list[Future[None]]] = deque()
         upcoming = iter(enumerate(self.batches))
 
         def refill() -> None:
-            # Called when the consumer is done with a batch: every slot but those in `pending` is free.
-            while len(pending) < len(slots) and (found := next(upcoming, None)) is not None:
+            # Called when the consumer has at most ``held - 1`` batches left, so that many slots are not free.
+            while len(pending) <= ahead and (found := next(upcoming, None)) is not None:
                 number, rows = found
                 slot = slots[number % len(slots)].numpy()
                 pending.append([pool.submit(self.fill, row, slot[i]) for i, row in enumerate(rows)])
