@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from chiasm.encoders.adapters import apply_lora, merge_lora
 from chiasm.encoders.base import Encoder, LoraConfig, ProjectionConfig
 from chiasm.encoders.build import build_encoder_model
+from chiasm.encoders.dual import DualEncoder
 from chiasm.encoders.ensemble import EnsembleModel
 from chiasm.encoders.inference import packed, ragged, text
 from chiasm.encoders.inference.engine import Engine, text_form
@@ -295,6 +296,21 @@ def test_what_cannot_be_mapped_is_said(tiny: Make, change: Callable[[Any], None]
     change(model)
     with pytest.raises(NotPackable, match=reason):
         text_form(model, torch.float32)
+
+
+def test_a_model_that_encodes_in_its_own_way_is_asked_itself(tiny: Make, make_texts: Make) -> None:
+    class Doubling(DualEncoder):
+        def encode_text(self, ids: Tensor, lengths: Tensor | None = None, normalize: bool = False) -> Tensor:
+            return 2 * super().encode_text(ids, lengths, normalize)
+
+    model = tiny()
+    ids = make_texts([4, 9])
+    with torch.inference_mode():
+        expected = 2 * model.encode_text(ids)
+        model.__class__ = Doubling
+        engine = Engine(model, "fp32")
+        assert "Doubling" in engine.plain["text"]
+        assert torch.equal(engine.encode_text(ids), expected)
 
 
 def test_a_tower_on_its_own(tiny: Make, make_config: Make, make_texts: Make) -> None:
