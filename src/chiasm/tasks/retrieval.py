@@ -38,7 +38,7 @@ from chiasm.types import Embeddings, Modality, Space, check_same_space
 
 BLOCK_ROWS = 16_384
 #: Values (rows × dimensions) from which an int8 copy is worth its making, and queries from which it is in one search.
-INT8_VALUES, ONCE_QUERIES = 2**24, 64
+INT8_VALUES, ONCE_QUERIES = 2**24, 1024
 _QUERY_ROWS = 1_024
 _SCORES = 2**19
 
