@@ -123,17 +123,8 @@ def run(
             raise InputError(
                 "--drop-text is for tables, not for a store", hint="give the table and --model in place of the store"
             )
-        corpus = partial(
-            open_vectors,
-            store=store,
-            table=None,
-            split=split,
-            group=group,
-            column=column,
-            root=root,
-            encoder=encoder,
-            mapped=bool(query),
-        )
+        given: dict[str, Any] = {"split": split, "group": group, "column": column, "root": root, "encoder": encoder}
+        corpus = partial(open_vectors, store=store, table=None, mapped=bool(query), **given)
     else:
         assert table is not None
         assert encoder is not None
