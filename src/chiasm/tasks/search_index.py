@@ -125,7 +125,8 @@ def _read(folder: Path, vectors: NDArray[np.float32], *, normalized: bool) -> Qu
         return None
     if not np.isfinite(bounds).all() or (bounds[:2] < 0).any() or not np.isfinite(centre).all():
         return None
-    index = QuantizedCorpus(codes, *bounds, centre, scale, rounding)
+    error, length, lean = bounds
+    index = QuantizedCorpus(codes, error, length, lean, centre, scale, rounding)
     rows = np.unique(np.linspace(0, n - 1, min(n, _CHECKED_ROWS)).astype(np.int64))
     same = np.array_equal(codes_of(vectors[rows], centre, index.scale, normalized=normalized), codes[rows])
     return index if same else None
