@@ -54,6 +54,7 @@ class EmbedSummary:
         per_second: Rows a second of wall time, by modality, where any were added.
         threads: CPU threads of ``decoding`` images and of the ``model``.
         precision: Arithmetic of the encoder.
+        precision_check: Of int8: how far it was from float32 on the first images; None otherwise.
     """
 
     store: str
@@ -65,6 +66,7 @@ class EmbedSummary:
     per_second: Mapping[str, float] = field(default_factory=dict)
     threads: Mapping[str, int] = field(default_factory=dict)
     precision: str = "fp32"
+    precision_check: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; rejected rows are counted by reason, not named."""
@@ -81,6 +83,11 @@ class EmbedSummary:
             parts.append(summarize_rejected(self.rejected) + " (listed in rejected.jsonl)")
         if self.truncated:
             parts.append(f"{self.truncated} texts were cut to the context")
+        if self.precision_check is not None:
+            parts.append(
+                f"int8 was compared with float32 on {self.precision_check['images']} images: "
+                f"1 - cosine at most {self.precision_check['cos_error']:.1e}"
+            )
         return f"{'; '.join(parts)}; {self.precision}, {self.seconds:.1f} s"
 
 
@@ -240,9 +247,11 @@ def embed_to_store(
         finally:
             write_rejected(path / "rejected.jsonl", log.items)
     seconds = time.monotonic() - began
+    check = encoder.precision_check
     return EmbedSummary(
-        str(path), added, present, log.items, truncated, seconds, per_second, threads, encoder.precision
-    )
+        str(path), added, present, log.items, truncated, seconds, per_second, threads, encoder.precision,
+        None if check is None else check.to_dict(),
+    )  # fmt: skip
 
 
 def _write(
