@@ -144,9 +144,13 @@ def tower_form(tower: nn.Module, dtype: torch.dtype) -> ImageForm:
         return PackedViT(tower, dtype=dtype)
     if dtype == torch.int8:
         raise NotPackable(f"{type(tower).__name__} is not VisionTransformer")
-    from chiasm.encoders.inference.resnet import resnet_form
+    from chiasm.encoders.inference.resnet import RESNETS, resnet_form
 
-    return resnet_form(tower, dtype)
+    if type(tower) in RESNETS:
+        return resnet_form(tower, dtype)
+    from chiasm.encoders.inference.foreign import foreign_form
+
+    return foreign_form(tower, dtype)
 
 
 def text_form(model: DualEncoder, dtype: torch.dtype) -> TextForm:
@@ -158,9 +162,7 @@ def text_form(model: DualEncoder, dtype: torch.dtype) -> TextForm:
     side: Any = model.text
     if isinstance(side, ProjectedTextTower):
         if not isinstance(side.transformer, TextTransformer):
-            from chiasm.encoders.inference.bert import PackedBertTower
-
-            return PackedBertTower(side, dtype=dtype)
+            return projected_text_form(side, dtype)
         require_plain(side, ProjectedTextTower)
         require_plain(side.transformer, TextTransformer)
         trunk, proj = text_parts_form(side.transformer, dtype), side.proj
@@ -168,6 +170,22 @@ def text_form(model: DualEncoder, dtype: torch.dtype) -> TextForm:
     if side is not None:
         raise NotPackable(f"{type(side).__name__} has no fast form")
     return text_parts_form(model, dtype)
+
+
+def projected_text_form(side: ProjectedTextTower, dtype: torch.dtype) -> TextForm:
+    """Return the fast form of a text tower that is not native: BERT's own, or in bfloat16 that of any module."""
+    from chiasm.encoders.inference.bert import PackedBertTower
+
+    try:
+        return PackedBertTower(side, dtype=dtype)
+    except NotPackable:
+        if dtype != torch.bfloat16:
+            raise
+    from chiasm.encoders.inference.foreign import foreign_text_form
+
+    twin: Any = foreign_text_form(side, dtype)
+    form: TextForm = twin
+    return form
 
 
 def text_parts_form(parts: Any, dtype: torch.dtype) -> TextForm:

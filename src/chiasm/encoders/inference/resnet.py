@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -168,6 +169,15 @@ class PackedBioVil:
         return self._last(rows.view(batch, -1, rows.shape[1]).float().mean(1))
 
 
+#: Towers that :func:`resnet_form` serves -> their forms.
+RESNETS: dict[type[nn.Module], Any] = {
+    ModifiedResNet: PackedModifiedResNet,
+    ClassicResNet: PackedClassicResNet,
+    GloriaImageTower: PackedGloria,
+    BioVilImageTower: PackedBioVil,
+}
+
+
 def resnet_form(tower: nn.Module, dtype: torch.dtype, *, side: int = 224) -> Step:
     """Return the form of an image tower that is or holds a ResNet.
 
@@ -181,14 +191,12 @@ def resnet_form(tower: nn.Module, dtype: torch.dtype, *, side: int = 224) -> Ste
     """
     if dtype not in (torch.float32, torch.bfloat16):
         raise NotPackable(f"{type(tower).__name__} has no {dtype} form")
-    if type(tower) is ModifiedResNet:
-        return PackedModifiedResNet(tower, dtype=dtype)
     if type(tower) is ClassicResNet:
         return PackedClassicResNet(tower, side=tower.image_size or side, dtype=dtype)
-    if type(tower) is GloriaImageTower:
-        return PackedGloria(tower, dtype=dtype)
-    if type(tower) is BioVilImageTower:
-        return PackedBioVil(tower, dtype=dtype)
+    made = RESNETS.get(type(tower))
+    if made is not None:
+        form: Step = made(tower, dtype=dtype)
+        return form
     raise NotPackable(f"{type(tower).__name__} is no ResNet")
 
 
