@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from chiasm.classifier import VisionClassifier
-from chiasm.deploy.cost import count_flops, example_input, measure_cost
-from chiasm.encoders.base import EncoderConfig, ImageTowerConfig, ProjectionConfig
+from chiasm.deploy.cost import count_flops, example_input, measure_cost, transformer_flops
+from chiasm.encoders.base import EncoderConfig, ImageTowerConfig, ProjectionConfig, TextTowerConfig
 from chiasm.encoders.fold import fold_heads
 from chiasm.encoders.heads import DistilledHeads, HeadsConfig, extra_multiplications, extra_parameters
 from chiasm.encoders.image_side import build_backbone
+from chiasm.errors import InputError
 from chiasm.types import Preprocess
 
 #: Width, blocks, heads of a ViT/16, and the share of weights in % that the specification states for C = 2 (2.7).
@@ -86,3 +88,47 @@ def test_features_are_counted_without_a_tower() -> None:
     assert cost.backbone_parameters == 0
     assert cost.unimodal_parameters == 14
     assert torch.equal(example_input(trained, 2, seed=4), example_input(trained, 2, seed=4))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"pool": "mean"}, {"registers": 2}, {"pool": "mean", "class_token": False, "patch_size": 16},
+     {"activation": "swiglu", "mlp_ratio": 3.0}, {"layers": 1}],
+)  # fmt: skip
+def test_the_formula_of_a_vit_is_what_torch_counts(change: dict[str, Any]) -> None:
+    image = ImageTowerConfig(**{"image_size": 64, "width": 64, "layers": 3, "heads": 2, "patch_size": 8} | change)
+    config = EncoderConfig(
+        image=image, projection=ProjectionConfig(dim=24), preprocess=Preprocess(size=64), sides="image"
+    )
+    tower: Any = build_backbone(config, projected=True, device="meta")
+
+    class Whole(nn.Module):
+        """All rows of the last block and the projection, as the formula has it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.tower = tower
+
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            return self.tower.forward_features(pixels).tokens  # type: ignore[no-any-return]
+
+    counted = count_flops(Whole(), torch.zeros(1, 3, 64, 64, device="meta"))
+    assert transformer_flops(image, 24) == counted
+
+
+def test_the_formula_of_a_text_grows_with_its_tokens() -> None:
+    """Linear layers grow with the tokens, attention with their square."""
+    text = TextTowerConfig(width=512, layers=12, heads=8, context_length=77)
+    whole = transformer_flops(text, 512)
+    assert whole == transformer_flops(text, 512, tokens=77)
+    linears = 2 * 77 * 12 * 12 * 512**2
+    assert whole == linears + 2 * 2 * 12 * 77**2 * 512 + 2 * 512**2
+    assert whole / transformer_flops(text, 512, tokens=11) > 7
+
+
+def test_other_towers_have_no_formula() -> None:
+    resnet = ImageTowerConfig(kind="resnet", layers=(1, 1), width=16, image_size=64)
+    for config in (resnet, ImageTowerConfig(pool="attention")):
+        with pytest.raises(InputError, match="no formula") as refusal:
+            transformer_flops(config, 32)
+        assert "count_flops" in (refusal.value.hint or "")

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from chiasm.classifier import VisionClassifier
+from chiasm.encoders.base import ImageTowerConfig, TextTowerConfig
 from chiasm.encoders.heads import HeadsConfig, extra_multiplications, extra_parameters
+from chiasm.errors import InputError
 
 COUNTED_BY = "torch.utils.flop_counter, two per multiply-add, attention written out as products"
 
@@ -121,6 +123,41 @@ def count_flops(module: nn.Module, inputs: Tensor) -> int:
     finally:
         module.train(was_training)
     return int(counter.get_total_flops())
+
+
+def transformer_flops(config: ImageTowerConfig | TextTowerConfig, dim: int, *, tokens: int | None = None) -> int:
+    """Return the operations of one image or one text in a native transformer, by formula: two per multiply-add.
+
+    The whole forward pass is counted, as model FLOP utilisation wants it, also where the last block may leave out rows
+    that nobody reads. A linear layer of a gate (SwiGLU) has half of its inputs.
+
+    Args:
+        config: A native ViT with class-token or mean pooling, or CLIP's text tower.
+        dim: Dimensions of the joint space.
+        tokens: Of the text; None: its context. Of an image it follows from the declaration.
+
+    Raises:
+        InputError: Another kind of tower: :func:`count_flops` counts it while it runs.
+    """
+    image = isinstance(config, ImageTowerConfig)
+    if config.kind not in ("vit", "clip") or (image and config.pool not in ("cls", "mean")):
+        raise InputError(
+            f"there is no formula for a `{config.kind}` tower pooled by `{config.pool}`",
+            hint="`count_flops` counts the operations of any module",
+        )
+    width, hidden = config.width, int(config.width * config.mlp_ratio)
+    first = 0
+    if isinstance(config, ImageTowerConfig):
+        patches = (config.image_size // config.patch_size) ** 2
+        first = patches * 3 * config.patch_size**2 * width
+        tokens = patches + config.registers + (config.class_token is not False)
+    elif tokens is None:
+        tokens = config.context_length
+    assert isinstance(config.layers, int)
+    assert tokens is not None
+    inner = hidden // 2 if config.activation == "swiglu" else hidden
+    block = tokens * (4 * width**2 + width * (hidden + inner)) + 2 * tokens**2 * width
+    return 2 * (first + config.layers * block + width * dim)
 
 
 def example_input(classifier: VisionClassifier, batch: int, *, seed: int = 0) -> Tensor:
