@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -263,7 +263,9 @@ class _Side:
         """Return the embeddings of what can be read, and the hash of each row's content."""
         cache = None
         if self.cache is not None:
-            key = {"version": VERSION, "modality": modality, "space": self.encoder.space.to_dict()}
+            key: dict[str, Any] = {"version": VERSION, "modality": modality, "space": self.encoder.space.to_dict()}
+            if self.encoder.precision != "fp32":
+                key["precision"] = self.encoder.precision
             cache = VectorCache(self.cache, key, self.encoder.dim)
         known: dict[bytes, NDArray[np.float32]] = {}
         self.found[modality] = 0 if cache is None else sum(c in cache for c in contents if c is not None)
@@ -305,6 +307,7 @@ class _Side:
             logit_scale=encoder.logit_scale,
             logit_bias=encoder.logit_bias,
             members=encoder.members,
+            precision=encoder.precision,
         )
         return result, kept
 

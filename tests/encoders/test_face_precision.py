@@ -227,3 +227,17 @@ def test_the_edges_are_those_of_the_model(encoder: Encoder, precision: str) -> N
     encoder.model.train()
     assert far(fast.encode_image(pixels()), truth(encoder, pixels())) < 2e-4
     assert not encoder.model.training
+
+
+def test_a_hook_that_comes_late_is_called_and_one_that_goes_is_forgotten(encoder: Encoder) -> None:
+    pixels = torch.randn(2, 3, *[encoder.preprocess_spec.size] * 2)
+    before = encoder.encode_image(pixels)
+    seen: list[int] = []
+    handle = encoder.model.visual.transformer.resblocks[0].register_forward_hook(lambda *_: seen.append(1))
+    try:
+        encoder.encode_image(pixels)
+        assert seen == [1]
+    finally:
+        handle.remove()
+    assert torch.equal(encoder.encode_image(pixels), before)
+    assert seen == [1]

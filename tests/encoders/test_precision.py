@@ -55,24 +55,26 @@ def test_auto_is_what_the_variable_says(monkeypatch: pytest.MonkeyPatch) -> None
         resolve_precision("auto")
 
 
-@pytest.mark.parametrize(("plain", "fast", "expected"), [(1.4, 1.0, "bf16"), (1.2, 1.0, "fp32"), (1.0, 30.0, "fp32")])
-def test_auto_is_bfloat16_where_a_trial_shows_that_it_pays(
-    monkeypatch: pytest.MonkeyPatch, plain: float, fast: float, expected: str
+@pytest.mark.parametrize(
+    ("gains", "expected", "rounds"), [([1.4], "bf16", 1), ([1.2, 0.9, 1.31], "bf16", 3), ([1.2, 1.29, 0.03], "fp32", 3)]
+)
+def test_auto_is_bfloat16_where_one_round_of_three_shows_that_it_pays(
+    monkeypatch: pytest.MonkeyPatch, gains: list[float], expected: str, rounds: int
 ) -> None:
-    seconds = {torch.float32: plain, torch.bfloat16: fast}
     trials: list[object] = []
 
-    def timed(layer: packed.PackedLinear, x: torch.Tensor) -> float:
-        trials.append(layer)
-        return seconds[layer.dtype]
+    def timed(plain: packed.PackedLinear, fast: packed.PackedLinear, x: torch.Tensor) -> float:
+        assert (plain.dtype, fast.dtype) == (torch.float32, torch.bfloat16)
+        trials.append(x)
+        return gains[len(trials) - 1]
 
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setattr(packed, "can_pack", lambda dtype: True)
-    monkeypatch.setattr(precision, "_seconds", timed)
+    monkeypatch.setattr(precision, "_gain", timed)
     assert resolve_precision("auto") == expected
     monkeypatch.setenv(VARIABLE, "auto")
     assert resolve_precision("auto") == expected
-    assert len(trials) == 2  # once
+    assert len(trials) == rounds  # the second time nothing is tried
 
 
 def test_auto_is_never_int8_and_fp32_where_nothing_can_be_packed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,10 +90,24 @@ def test_the_trial_runs() -> None:
     assert bf16_pays("cpu") in (True, False)
 
 
-def test_the_shortest_call_counts_and_the_first_does_not() -> None:
-    calls: list[torch.Tensor] = []
-    assert precision._seconds(calls.append, torch.zeros(1)) >= 0
-    assert len(calls) == 21
+def test_a_trial_calls_both_in_turn_and_compares_the_shortest_calls_but_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    order: list[str] = []
+    lasting = {"plain": iter([0.1, *[9.0] * 9, 6.0]), "fast": iter([0.1, 2.0, *[9.0] * 9])}
+    clock = [0.0]
+
+    def layer(name: str):
+        def call(x: torch.Tensor) -> torch.Tensor:
+            order.append(name)
+            clock[0] += next(lasting[name])
+            return x
+
+        return call
+
+    monkeypatch.setattr(precision.time, "perf_counter", lambda: clock[0])
+    assert precision._gain(layer("plain"), layer("fast"), torch.zeros(1)) == pytest.approx(3.0)
+    assert order == ["plain", "fast"] * 11
 
 
 def test_a_gpu_says_itself_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,14 +115,11 @@ def run(
     answers = run_episodes(draws, chosen, only=only, progress=make_progress(as_json, unit="fits"))
     scores = score_few_shot(draws, answers, reference=reference, n_resamples=resamples, seed=seed)
     settings = {
-        "label": label,
-        "shots": shots,
-        "seeds": seeds,
-        "methods": ", ".join(chosen),
+        "label": label, "shots": shots, "seeds": seeds, "methods": ", ".join(chosen),
         "test": f"split {test_split}" if test_split else f"share {test_share} of the patients",
         "resamples": resamples,
         "from scratch": scratch and f"{scratch}, {scratch_seeds} seeds",
-    }
+    }  # fmt: skip
     _finish(scores, images, label, settings, parts, texts, seed, time.perf_counter() - began, out, as_json)
 
 

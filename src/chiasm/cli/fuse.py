@@ -80,10 +80,8 @@ def run(
     started = time.perf_counter()
     wanted = _wanted(use, clinical, label)
     columns = [c.strip() for c in clinical.split(",") if c.strip()]
-    load = table is not None
-    encoder = (
-        load_encoder(model, device=device, precision=precision, family=family, allow_code=allow_code) if load else None
-    )
+    loading = {"device": device, "precision": precision, "family": family, "allow_code": allow_code}
+    encoder = None if table is None else load_encoder(model, **loading)  # type: ignore[arg-type]
 
     def side(name: Literal["image", "text"], from_store: Path | None) -> Embeddings:
         other = from_store is not None and from_store is not store  # --text-store stands beside a table

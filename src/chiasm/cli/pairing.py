@@ -17,6 +17,7 @@ from chiasm.cli.output import (
     DeviceOption,
     FamilyOption,
     JsonOption,
+    PrecisionOption,
     SeedOption,
     make_progress,
     print_json,
@@ -106,6 +107,7 @@ def run(
     cache: CacheOption = None,
     workers: WorkersOption = 2,
     device: DeviceOption = "cpu",
+    precision: PrecisionOption = "auto",
     batch_size: BatchOption = 32,
     seed: SeedOption = 0,
     family: FamilyOption = None,
@@ -127,7 +129,7 @@ def run(
     _check_audit(samples, audit_label)
     filters = {"keep": tuple(text_filter or ()), "drop": tuple(text_drop or ()), "where": tuple(where or ())}
     corpus = _corpus(reports, report_column, tissue=tissue, **filters)
-    model = load_encoder(encoder, device=device, family=family, allow_code=allow_code)
+    model = load_encoder(encoder, device=device, precision=precision, family=family, allow_code=allow_code)
     try:
         found = pair_reports(
             model,

@@ -108,20 +108,15 @@ def run(
 
     named = {"split": split, "group": group, "column": column, "root": root}
     opened = {
-        "batch_size": batch_size,
-        "device": device,
-        "precision": precision,
-        "family": family,
-        "allow_code": allow_code,
-    }
+        "batch_size": batch_size, "device": device, "precision": precision, "family": family, "allow_code": allow_code,
+    }  # fmt: skip
     rows = _where(_open(wanted, table, store, model, as_json, named, opened), where)
     times, flags = _column(rows, time_column), event_flags(_column(rows, flag), event_is=value, censored=is_censoring)
     known, sets = _blocks(rows, wanted, (time_column, flag)), {}
     for name, parts in _with_parts(wanted).items():
         sets[name] = _data(known, parts, rows, times, flags, pooling)
     inputs = _inputs(known, rows, time_column, flag)
-    data = next(iter(sets.values()))
-    caution = check_unit(data.time, unit)
+    caution = check_unit(next(iter(sets.values())).time, unit)
     scores = score_survival(
         sets, make, method=method, unit=unit, folds=folds, groups=groups, horizon=horizon, n_resamples=resamples,
         seed=seed, warnings=(caution,) if caution else (), progress=make_progress(as_json, unit="folds"),

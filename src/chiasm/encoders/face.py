@@ -56,6 +56,11 @@ def weights_key(model: torch.nn.Module) -> tuple[tuple[int, int], ...]:
     return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
 
 
+def _hooks(model: torch.nn.Module) -> int:
+    """How many hooks the modules have: a fast form knows of those only that were there when it was made."""
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
 class Encoder:
     """An image tower and a text tower that share a space, with their preprocessing, tokenizer and scale.
 
@@ -375,7 +380,7 @@ class Encoder:
             if single is not None and single not in self._asked and self._engine is None and self.precision == "fp32":
                 self._asked.add(single)
                 return model
-            key = weights_key(model)
+            key = (_hooks(model), weights_key(model))
             if self._engine is None or self._engine[0] != key:
                 from chiasm.encoders.inference.engine import make_engine
 

@@ -125,7 +125,7 @@ def check_operands(rows: NDArray[np.int8], queries: NDArray[np.int8], scores: ND
     Raises:
         TypeError: A type, shape or layout is another.
     """
-    kinds = (rows.dtype, queries.dtype, scores.dtype) == (np.int8, np.int8, np.int32)
+    kinds = rows.dtype == np.int8 and queries.dtype == np.int8 and scores.dtype == np.int32
     plain = all(a.ndim == 2 and a.flags.c_contiguous for a in (rows, queries, scores)) and scores.flags.writeable
     if not kinds or not plain or scores.shape != (len(queries), len(rows)) or rows.shape[1] != queries.shape[1]:
         raise TypeError(f"int8 product of {rows.shape} and {queries.shape} into {scores.shape} {scores.dtype}")
