@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+from chiasm.encoders import precision
 from chiasm.evaluate import doctor
 from chiasm.testing import TinyEncoder
 
@@ -60,3 +63,43 @@ def test_absent_packages_are_named_with_the_command(monkeypatch: pytest.MonkeyPa
     assert (checks["extra fast"].state, checks["extra fast"].hint) == ("ok", None)
     monkeypatch.setattr(doctor, "OPTIONAL", {"future": ("a_package_that_is_not",)})
     assert doctor.check_environment()["extras"] == {"future": False}
+
+
+def speed_checks(environment: dict[str, Any]) -> dict[str, doctor.Check]:
+    return {c.name: c for c in doctor.environment_checks(environment) if c.name in ("precision", "compiled parts")}
+
+
+def test_the_precision_that_auto_means_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHIASM_PRECISION", "bf16")
+    environment = doctor.check_environment()
+    assert (environment["speed"]["auto"], environment["speed"]["pinned"]) == ("bf16", "bf16")
+    detail = speed_checks(environment)["precision"].detail
+    assert detail.startswith("auto is bf16, set by CHIASM_PRECISION")
+    monkeypatch.delenv("CHIASM_PRECISION")
+    monkeypatch.setattr(precision, "bf16_pays", lambda device: False)
+    assert speed_checks(doctor.check_environment())["precision"].detail.startswith("auto is fp32, found by a trial")
+    monkeypatch.setenv("CHIASM_PRECISION", "auto")  # the word alone pins nothing
+    assert "found by a trial" in speed_checks(doctor.check_environment())["precision"].detail
+
+
+def test_an_unknown_name_in_the_variable_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHIASM_PRECISION", "fp8")
+    check = speed_checks(doctor.check_environment())["precision"]
+    assert (check.state, "fp8" in check.detail, "fp32" in str(check.hint)) == ("wrong", True, True)
+
+
+def test_what_was_not_compiled_is_named() -> None:
+    environment = doctor.check_environment()
+    assert set(environment["speed"]["compiled"]) == {"resize", "PNG", "search"}
+    environment["speed"]["compiled"] = {"resize": True, "PNG": False, "search": True}
+    environment["speed"]["int8"] = False
+    found = speed_checks(environment)
+    assert (found["compiled parts"].state, found["compiled parts"].detail.startswith("PNG:")) == ("note", True)
+    assert "no exact int8" in found["precision"].detail
+    environment["speed"]["compiled"]["PNG"] = True
+    assert (speed_checks(environment)["compiled parts"].state) == "ok"
+
+
+@pytest.mark.parametrize("module", ["instant_clip_tokenizer", "simplejpeg", "isal"])
+def test_every_module_of_the_extra_fast_is_looked_for(module: str) -> None:
+    assert module in doctor.OPTIONAL["fast"]

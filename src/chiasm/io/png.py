@@ -44,6 +44,11 @@ def _library() -> ctypes.CDLL | None:
     return library
 
 
+def is_compiled() -> bool:
+    """Return whether the compiled prediction is there; without it Pillow decodes."""
+    return _library() is not None
+
+
 @functools.cache
 def _inflater() -> Any:
     try:
