@@ -219,3 +219,24 @@ batch_size = 8
     assert "holds a run already" in text
     typo = chiasm("train", recipe, "--out", tmp_path / "b", "--set", "optim.lrr=1", code=1)
     assert "did you mean `optim.lr`" in typo
+
+
+def test_answers_say_in_which_precision_they_were_worked_out(
+    chiasm: Callable[..., Any], model_dir: Path, phantom_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("zero-shot", first_image(phantom_table), "--labels", "normal, effusion", "--model", model_dir)
+    assert chiasm(*words, "--json")["precision"] == "fp32"  # what `auto` is in the tests
+    assert chiasm(*words, "--precision", "bf16", "--json")["precision"] == "bf16"
+    assert " in bf16, logit scale" in chiasm(*words, "--precision", "bf16")
+    assert "one of: auto, fp32, bf16, int8" in chiasm(*words, "--precision", "BF16", code=1)
+    store = tmp_path / "store"
+    chiasm("embed", phantom_table, "--out", store, "--model", model_dir, "--modality", "image", "--precision", "bf16")
+    found = chiasm("retrieval", "effusion", "--store", store, "--model", model_dir, "--json")
+    assert found["precision"] == {"query": "fp32", "corpus": "bf16"}
+    card = chiasm("retrieval", "--store", store, "--relevant-by", "effusion", "--json")["run_card"]
+    assert card["model"].endswith(" in bf16")
+    monkeypatch.setenv("CHIASM_PRECISION", "bf16")
+    assert chiasm(*words, "--json")["precision"] == "bf16"
+    assert chiasm(*words, "--precision", "fp32", "--json")["precision"] == "fp32"
+    monkeypatch.setenv("CHIASM_PRECISION", "fp8")
+    assert "precision `fp8` is not known (CHIASM_PRECISION names it)" in chiasm(*words, code=1)

@@ -174,9 +174,11 @@ def _search(
     from chiasm.cli.inputs import say_rejected
     from chiasm.tasks.retrieval import search
 
-    found = search(_embed_queries(encoder, query), corpus(side=answers), k=top)
+    asked, searched = _embed_queries(encoder, query), corpus(side=answers)
+    found = search(asked, searched, k=top)
     if as_json:
-        print_json({**found.to_dict(), "rejected": len(rejects), "reasons": rejects.counts()})
+        used = {"query": asked.precision, "corpus": searched.precision}
+        print_json({**found.to_dict(), "precision": used, "rejected": len(rejects), "reasons": rejects.counts()})
         return
     for i, words in enumerate(query):
         rows = [(k + 1, f"{score:.3f}", _shown(found.texts, i, k, name, answers)) for k, (name, score) in

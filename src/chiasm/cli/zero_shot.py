@@ -135,11 +135,12 @@ def run(
     scores = {} if truth is None else by_protocol.score_all(results, units, truth, seed)
     if as_json:
         about: dict[str, Any] = {"data": rows.name, "rejected": len(rejects), "reasons": rejects.counts()}
+        about["precision"] = encoder.precision
         about |= {} if calibrated is None else {"calibrated": calibrated}
         documents = {j: _document(result, scores.get(j)) for j, result in results.items()}
         print_json(about | ({"by_tiles": documents} if question.pools else documents[0]))
         return
-    _print_results(results, scores, rejects, calibrated)
+    _print_results(results, scores, rejects, calibrated, encoder.precision)
 
 
 def _read_calibration(path: Path, question: Question) -> SavedCalibration:
@@ -176,6 +177,7 @@ def _print_results(
     scores: dict[int, ZeroShotScores],
     rejects: RejectLog,
     calibrated: list[dict[str, Any]] | None,
+    precision: str,
 ) -> None:
     """Print the results, what is to be known of them, and their scores; under 0 stands the only one."""
     from chiasm.cli.inputs import say_rejected
@@ -186,7 +188,7 @@ def _print_results(
         _print_result(result) if calibrated is None else print_records(calibrated)
         if j == list(results)[-1]:
             say_rejected(rejects)
-            _print_protocol(result)
+            _print_protocol(result, precision)
         if j in scores:
             print()
             print_table(("measure", "value [95 % interval]", "n", "chance", "majority"), scores[j].table())
@@ -209,9 +211,9 @@ def _document(result: ZeroShotResult, scores: ZeroShotScores | None) -> dict[str
     return {**result.to_dict(), **({} if scores is None else {"scores": scores.to_dict()})}
 
 
-def _print_protocol(result: ZeroShotResult) -> None:
+def _print_protocol(result: ZeroShotResult, precision: str) -> None:
     """Print where and how the images were compared, and what to know of the protocol."""
-    print(f"  space {result.space}, logit scale {result.logit_scale:.2f} ({result.logit_scale_source})")
+    print(f"  space {result.space} in {precision}, logit scale {result.logit_scale:.2f} ({result.logit_scale_source})")
     if result.protocol is not None:
         print(f"  protocol {result.protocol}, variant {result.variant}")
         for note in result.notes:

@@ -42,14 +42,15 @@ def resolve_precision(wanted: str, device: str | torch.device = "cpu") -> Precis
         ConfigError: Unknown, or int8 on a GPU.
     """
     place = torch.device(device)
-    if wanted == "auto":
-        wanted = os.environ.get(VARIABLE, "auto")
+    source = ""
+    if wanted == "auto" and os.environ.get(VARIABLE):
+        wanted, source = os.environ[VARIABLE], f" ({VARIABLE} names it)"
     if wanted == "auto":
         return "bf16" if bf16_pays(place.type) else "fp32"
     if wanted == "fp16":
         return "bf16" if place.type == "cpu" else "fp16"
     if wanted not in PRECISIONS:
-        raise ConfigError(f"precision `{wanted}` is not known", hint=f"one of: {', '.join(PRECISIONS)}")
+        raise ConfigError(f"precision `{wanted}` is not known{source}", hint=f"one of: {', '.join(PRECISIONS)}")
     if wanted == "int8" and place.type != "cpu":
         raise ConfigError(f"precision `int8` runs on the CPU, the encoder is on `{place}`", hint="use `bf16` there")
     return wanted  # type: ignore[return-value]

@@ -94,7 +94,7 @@ def check_speed() -> dict[str, Any]:
         auto = None
     return {
         "auto": auto,
-        "pinned": os.environ.get(VARIABLE),
+        "pinned": os.environ.get(VARIABLE) or None,
         "int8": int8.can_multiply(),
         "compiled": {
             "resize": bicubic.available(),
