@@ -7,9 +7,8 @@ serve many threads.
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -19,8 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from chiasm.encoders.weights import structure_key, weights_digest, weights_key
 from chiasm.errors import ConfigError, InputError
 from chiasm.types import Embeddings, Modality, Preprocess, Space, check_same_space
+
+__all__ = ["Encoder", "weights_digest", "weights_key"]
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,30 +37,6 @@ if TYPE_CHECKING:
     from chiasm.encoders.precision import Precision
 
     Item = str | Path | Image
-
-
-def weights_digest(state_dict: Mapping[str, Tensor]) -> str:
-    """Return 16 hex digits of the SHA-256 of all tensors: sorted names, dtypes, shapes and bytes.
-
-    The device, the order of the names and the file format do not matter; any changed bit does.
-    """
-    sha = hashlib.sha256()
-    for name in sorted(state_dict):
-        tensor = state_dict[name].detach()
-        sha.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        sha.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return sha.hexdigest()[:16]
-
-
-def weights_key(model: torch.nn.Module) -> tuple[tuple[int, int], ...]:
-    """Return what changes when any weight is replaced or changed in place: addresses and version counters."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
-
-
-def _hooks(model: torch.nn.Module) -> int:
-    """How many hooks the modules have: a fast form knows of those only that were there when it was made."""
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
 class Encoder:
@@ -98,7 +76,7 @@ class Encoder:
         self._preprocess: Callable[[Image], Tensor] | None = None
         self._digest: tuple[object, str] | None = None
         self._wanted = precision
-        self._precision: Precision | None = "fp32" if precision == "fp32" else None
+        self._precision: tuple[str, Precision] | None = None
         self._engine: tuple[object, Engine | GpuEngine] | None = None
         self._static_batch: int | None = None
         self._engine_lock = Lock()
@@ -108,6 +86,13 @@ class Encoder:
 
     def __repr__(self) -> str:
         return f"Encoder({self.name!r}, dim={self.dim}, device={str(self.device)!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or another process gets: everything but the fast form, which it makes itself."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("_engine", "_engine_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _engine=None, _engine_lock=Lock())
 
     @property
     def dim(self) -> int:
@@ -182,11 +167,14 @@ class Encoder:
     @property
     def precision(self) -> Precision:
         """The arithmetic in use: ``fp32``, ``bf16`` or ``int8``."""
-        if self._precision is None:
+        if self._wanted == "fp32":
+            return "fp32"
+        place = self.device.type  # the model may be shared, and moved by another encoder
+        if self._precision is None or self._precision[0] != place:
             from chiasm.encoders.precision import resolve_precision
 
-            self._precision = resolve_precision(self._wanted, self.device)
-        return self._precision
+            self._precision = (place, resolve_precision(self._wanted, self.device))
+        return self._precision[1]
 
     def with_precision(self, precision: str) -> Encoder:
         """Return an encoder of the same weights (shared, not copied) that computes in another precision."""
@@ -211,7 +199,8 @@ class Encoder:
     @property
     def precision_check(self) -> PrecisionCheck | None:
         """How far int8 was from float32 on the images seen so far; None before the first, and of other precisions."""
-        gate = None if self._engine is None else self._engine[1].gate
+        made = self._engine
+        gate = None if made is None else made[1].gate
         return None if gate is None or not gate.check.images else gate.check
 
     def check_precision(self, images: Tensor | Sequence[Image | Path]) -> PrecisionCheck:
@@ -243,8 +232,7 @@ class Encoder:
     def to(self, device: str | torch.device) -> Self:
         """Move the weights and return self; ``auto`` precision is decided anew."""
         self.model.to(device)
-        self._engine = None
-        self._precision = "fp32" if self._wanted == "fp32" else None
+        self._engine = self._precision = None
         return self
 
     def encode_image(self, pixels: Tensor, normalize: bool = False, *, prior: Tensor | None = None) -> Tensor:
@@ -380,25 +368,24 @@ class Encoder:
             if single is not None and single not in self._asked and self._engine is None and self.precision == "fp32":
                 self._asked.add(single)
                 return model
-            key = (_hooks(model), weights_key(model))
+            key = (structure_key(model), weights_key(model))
             if self._engine is None or self._engine[0] != key:
                 from chiasm.encoders.inference.engine import make_engine
 
+                self._engine = None  # so that the old layout's memory is free before the new one is made
                 self._engine = (key, make_engine(model, self.precision, static_batch=self._static_batch))
             return self._engine[1]
 
     def _eval(self) -> DualEncoder:
-        if self.model.training:
+        if any(module.training for module in self.model.modules()):
             self.model.eval()
         return self.model
 
     def _pixels(self, pixels: Tensor) -> Tensor:
         if pixels.ndim == 3:
             pixels = pixels[None]
-        dtype = self.model.dtype
-        # From pinned memory the copy to a GPU runs beside whatever comes next; back from a GPU it has to be waited for.
-        at_once = pixels.device.type == "cpu"
-        return pixels.to(self.device, dtype if pixels.is_floating_point() else None, non_blocking=at_once)
+        # Waited for: whoever gave page-locked pixels may fill them anew as soon as this call has returned.
+        return pixels.to(self.device, self.model.dtype if pixels.is_floating_point() else None)
 
     def _tokens(self, tokens: Tensor | Tokens | str | Sequence[str]) -> tuple[Tensor, Tensor | None]:
         if isinstance(tokens, Tensor):

@@ -260,6 +260,8 @@ def _require(module: nn.Module, *kinds: str) -> None:
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     if any(getattr(hook, "__module__", None) != _RECORDER for hook in hooks):
         raise NotPackable(f"a {kind.__name__} has hooks")
+    if "forward" in module.__dict__:
+        raise NotPackable(f"a {kind.__name__} has a forward of its own")
     for tensor in module.parameters(recurse=False):
         if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
             raise NotPackable(f"weights are {tensor.dtype} on {tensor.device}")

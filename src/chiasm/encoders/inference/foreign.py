@@ -111,7 +111,7 @@ def make_twin(module: nn.Module, dtype: torch.dtype) -> Any:
 def _twin(module: nn.Module, dtype: torch.dtype, made: dict[int, nn.Module]) -> nn.Module:
     """``made``: what stands in two places stays one module."""
     if id(module) not in made:
-        if type(module) is nn.Linear:
+        if type(module) is nn.Linear and "forward" not in module.__dict__:
             made[id(module)] = PackedLayer(module, dtype)
         else:
             other = made[id(module)] = copy.copy(module)

@@ -50,7 +50,9 @@ INSIDE float exponential(float x) {
     sum = sum * rest + 1.6666665459e-1f;
     sum = sum * rest + 5.0000001201e-1f;
     sum = sum * rest * rest + rest + 1.0f;
-    return sum * float_of((bits_of(shifted) - 0x4B400000 + 127) << 23);
+    /* unsigned: of what is no number the shift overflows */
+    uint32_t power = ((uint32_t)bits_of(shifted) - 0x4B400000u + 127u) << 23;
+    return sum * float_of((int32_t)power);
 }
 
 INSIDE void finish(float *restrict y, int64_t width, float scale, const float *restrict bias, int activation) {

@@ -98,6 +98,8 @@ def require_plain(module: nn.Module, *kinds: type[nn.Module]) -> None:
         raise NotPackable(f"{type(module).__name__} is not {' or '.join(k.__name__ for k in kinds)}")
     if module._forward_hooks or module._forward_pre_hooks:
         raise NotPackable(f"a {type(module).__name__} has hooks")
+    if "forward" in module.__dict__:
+        raise NotPackable(f"a {type(module).__name__} has a forward of its own")
     for parameter in module.parameters(recurse=False):
         if parameter.dtype != torch.float32 or parameter.device.type != "cpu":
             raise NotPackable(f"weights are {parameter.dtype} on {parameter.device}")
