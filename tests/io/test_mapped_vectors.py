@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mmap
 import resource
+import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 
 from chiasm.errors import FileFormatError, InputError
-from chiasm.io.mapped_vectors import map_vectors, mapped_file, release_pages
+from chiasm.io.mapped_vectors import map_vectors, mapped_file, mapped_stamp, release_pages
 from chiasm.io.store import StoreMetadata, create_store, open_store, save_embeddings
 from chiasm.types import Embeddings, Modality, Space
 
@@ -126,3 +128,42 @@ def test_pages_are_given_back_only_of_maps_for_reading(tmp_path: Path) -> None:
     release_pages(plain)
     assert mapped_file(plain) is None
     assert mapped_file(np.frombuffer(mmap.mmap(-1, 4096), np.float32)) is None
+
+
+def test_the_stamp_goes_with_the_mapping_not_with_the_place(tmp_path: Path) -> None:
+    old, new = np.zeros((6, 4), np.float32), np.ones((6, 4), np.float32)
+    first = map_vectors(tmp_path / "image", "a", (6, 4), in_blocks(old, list(range(6))))
+    second = map_vectors(tmp_path / "image", "b", (6, 4), in_blocks(new, list(range(6))))
+    assert (mapped_stamp(first), mapped_stamp(second)) == ("a", "b")
+    assert mapped_stamp(np.asarray(first)[2:]) == "a"
+    assert mapped_stamp(np.load(tmp_path / "image" / "vectors.npy", mmap_mode="r")) is None
+    assert mapped_stamp(new) is None
+    np.testing.assert_array_equal(first, old)
+
+
+def test_two_readers_that_map_at_once_both_get_their_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors, folder = np.arange(24, dtype=np.float32).reshape(6, 4), tmp_path / "image"
+    blocks = in_blocks(vectors, list(range(6)))
+    removed = shutil.rmtree
+
+    def beaten(path: Path, **options: Any) -> None:
+        removed(path, **options)
+        if path == folder:  # another process puts its own there just before this one does
+            monkeypatch.setattr(shutil, "rmtree", removed)
+            other = threading.Thread(target=map_vectors, args=(folder, "a", (6, 4), blocks))
+            other.start()
+            other.join()
+
+    monkeypatch.setattr(shutil, "rmtree", beaten)
+    np.testing.assert_array_equal(map_vectors(folder, "a", (6, 4), blocks), vectors)
+    assert [f.name for f in tmp_path.iterdir()] == ["image"]
+
+
+def test_a_place_fought_over_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "image"
+    map_vectors(folder, "b", (6, 4), in_blocks(np.ones((6, 4), np.float32), list(range(6))))
+    removed = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", lambda p, **o: None if p == folder else removed(p, **o))
+    with pytest.raises(FileFormatError, match="being replaced"):
+        map_vectors(folder, "a", (6, 4), in_blocks(np.zeros((6, 4), np.float32), list(range(6))))
+    assert [f.name for f in tmp_path.iterdir()] == ["image"]

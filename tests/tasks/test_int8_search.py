@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.machinery
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -244,6 +246,24 @@ def test_without_torch_and_without_the_kernel(monkeypatch: pytest.MonkeyPatch, t
     assert int8_scan.load_library(tmp_path) is None
     monkeypatch.setitem(sys.modules, "torch", None)
     assert not is_exact(int8_scan._torch_int_mm)
+
+
+compiler = shutil.which("gcc") or shutil.which("clang")
+
+
+@pytest.mark.skipif(compiler is None or sys.platform == "win32", reason="no C compiler here")
+@pytest.mark.parametrize("change", [("{ return 1; }", "{ return 2; }"), ("_scan_version(", "_scan_other(")])
+def test_a_kernel_of_another_version_is_refused(tmp_path: Path, change: tuple[str, str]) -> None:
+    source = Path(int8_scan.__file__).with_name("int8_scan.c").read_text()
+    assert source.count(change[0]) == 1
+    for text, used in ((source, True), (source.replace(*change), False)):
+        folder = tmp_path / str(used)
+        folder.mkdir()
+        (folder / "k.c").write_text(text)
+        library = folder / f"_int8_scan{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+        flags = ["-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+        subprocess.run([str(compiler), *flags, str(folder / "k.c"), "-o", str(library)], check=True)
+        assert (int8_scan.load_library(folder) is not None) == used
 
 
 def test_small_searches_make_no_copy(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

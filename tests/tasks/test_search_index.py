@@ -154,3 +154,80 @@ def test_a_search_of_mapped_vectors_needs_little_memory(tmp_path: Path, queries:
         )
         assert json.loads(done.stdout) <= 1.2  # of the vectors' file, the int8 copy and mapped pages included
     assert (tmp_path / "image" / "int8" / "codes.npy").is_file()
+
+
+def test_a_folder_with_other_files_is_never_touched(tmp_path: Path, make: Make) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("ten years of work")
+    with pytest.raises(InputError, match="`mine` holds other files"):
+        Searcher(make(vectors_of()), engine="int8", folder=folder)
+    (folder / "codes.npy").write_bytes(b"")  # a copy with somebody's file among it
+    with pytest.raises(InputError, match="holds other files"):
+        Searcher(make(vectors_of()), engine="int8", folder=folder)
+    assert (folder / "thesis.txt").read_text() == "ten years of work"
+    assert [f.name for f in tmp_path.iterdir()] == ["mine"]
+    (folder / "thesis.txt").unlink()
+    assert Searcher(make(vectors_of()), engine="int8", folder=folder).index is not None
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert open_index(vectors_of(), normalized=False, folder=empty) is not None
+
+
+def test_a_file_that_appears_while_a_copy_is_made_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slowly(*args: Any, **options: Any) -> Any:
+        (tmp_path / "i").mkdir()
+        (tmp_path / "i" / "note").write_text("mine")
+        return quantize(*args, **options)
+
+    monkeypatch.setattr(search_index, "quantize", slowly)
+    with pytest.raises(InputError, match="holds other files"):
+        open_index(vectors_of(), normalized=False, folder=tmp_path / "i")
+    assert [f.name for f in tmp_path.rglob("*")] == ["i", "note"]
+
+
+def test_one_changed_row_is_noticed(tmp_path: Path, make: Make) -> None:
+    old = vectors_of()
+    Searcher(make(old), engine="int8", folder=tmp_path / "i")
+    new = old.copy()
+    new[[1001, 1003]] = old[[1003, 1001]]  # none of the rows whose codes are looked at
+    found = Searcher(make(new), engine="int8", folder=tmp_path / "i").search(make(old[1001:1002]), 1)
+    assert found.rows.tolist() == [[1003]]
+
+
+@pytest.mark.parametrize("row", [0, 1, 2])
+def test_damaged_bounds_are_noticed(tmp_path: Path, row: int) -> None:
+    vectors, folder = vectors_of(), tmp_path / "i"
+    first = open_index(vectors, normalized=False, folder=folder)
+    bounds = np.load(folder / "rows.npy")
+    bounds[row, 1234] *= 0.5
+    np.save(folder / "rows.npy", bounds)
+    found = open_index(vectors, normalized=False, folder=folder)
+    assert first is not None
+    assert found is not None
+    for name in ("error", "length", "lean"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(first, name))
+
+
+def test_a_store_replaced_under_a_mapping_gets_no_copy_of_the_old_vectors(tmp_path: Path, make: Make) -> None:
+    old = vectors_of()
+    new = old.copy()
+    new[[1001, 1003]] = old[[1003, 1001]]
+    before = make(mapped_store(tmp_path / "image", old, "a"))
+    after = make(mapped_store(tmp_path / "image", new, "b"))
+    assert not is_whole_store(before.vectors)
+    assert open_index(before.vectors, normalized=False) is None
+    query = make(old[1001:1002])
+    assert Searcher(before, engine="int8").search(query, 1).rows.tolist() == [[1001]]
+    assert not (tmp_path / "image" / "int8").exists()
+    assert Searcher(after, engine="int8").search(query, 1).rows.tolist() == [[1003]]
+    assert (tmp_path / "image" / "int8").is_dir()
+
+
+@pytest.mark.parametrize("engine", ["fp32", "int8"])
+def test_rows_too_long_for_float32_are_refused(make: Make, engine: str) -> None:
+    vectors = vectors_of()
+    query = make(vectors[77:78].copy())
+    vectors[77] *= np.float32(1e21)  # its norm is infinite in float32: the best answer would be lost
+    with pytest.raises(InputError, match="too large"):
+        Searcher(make(vectors), engine=engine).search(query, 3)  # type: ignore[arg-type]

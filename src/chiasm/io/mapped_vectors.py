@@ -6,6 +6,7 @@ until they are given back; they stay in the system's cache.
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import os
@@ -22,6 +23,7 @@ from chiasm.errors import FileFormatError
 from chiasm.io.manifest import disk_errors, write_json_atomic
 
 _SORTED_ROWS = 8192
+_ATTEMPTS = 5
 
 #: A folder that a store keeps for searching: all vectors of one modality, and what they are of.
 VECTORS, STAMP = "vectors.npy", "stamp.json"
@@ -47,6 +49,16 @@ def mapped_file(array: NDArray[Any]) -> Path | None:
         name = getattr(base, "filename", None)
         if name is not None:
             return Path(name) if _mapping(base) is not None else None
+        base = base.base
+    return None
+
+
+def mapped_stamp(array: NDArray[Any]) -> str | None:
+    """Return the stamp of the vectors that an array is a view of, whatever lies at their place by now; None for others."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        if isinstance(base, np.memmap) and "stamp" in vars(base):
+            return str(vars(base)["stamp"])
         base = base.base
     return None
 
@@ -83,14 +95,28 @@ def map_vectors(
             temporary.mkdir(parents=True)
             _write_blocks(temporary / VECTORS, shape, blocks())
             write_json_atomic(temporary / STAMP, {"stamp": stamp, "rows": shape[0], "dim": shape[1]})
-            shutil.rmtree(folder, ignore_errors=True)
-            temporary.rename(folder)
+            _put_in_place(temporary, folder, lambda: _open_mapped(folder, stamp, shape) is not None)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     found = _open_mapped(folder, stamp, shape)
     if found is None:
         raise FileFormatError(f"the vectors in `{folder.name}` were replaced while they were opened")
     return found
+
+
+def _put_in_place(temporary: Path, folder: Path, is_there: Callable[[], bool]) -> None:
+    """Replace a folder, unless another process has put the same there meanwhile."""
+    for _ in range(_ATTEMPTS):
+        if is_there():
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            temporary.rename(folder)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+    raise FileFormatError(f"the vectors in `{folder.name}` are being replaced by other processes")
 
 
 def _open_mapped(folder: Path, stamp: str, shape: tuple[int, int]) -> NDArray[np.float32] | None:
@@ -100,7 +126,10 @@ def _open_mapped(folder: Path, stamp: str, shape: tuple[int, int]) -> NDArray[np
     except (OSError, ValueError, EOFError):
         return None
     same = facts == {"stamp": stamp, "rows": shape[0], "dim": shape[1]}
-    return vectors if same and vectors.shape == shape and vectors.dtype == np.float32 else None
+    if not same or not isinstance(vectors, np.memmap) or vectors.shape != shape or vectors.dtype != np.float32:
+        return None
+    vars(vectors)["stamp"] = stamp
+    return vectors
 
 
 def _write_blocks(path: Path, shape: tuple[int, int], blocks: Iterator[tuple[NDArray[Any], NDArray[Any]]]) -> None:

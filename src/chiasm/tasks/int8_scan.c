@@ -145,6 +145,9 @@ static int supported(int path) { return path == 0; }
 static const scan_function paths[] = {scan_plain};
 #endif
 
+/* Of the interface below; int8_scan.py refuses another. */
+EXPORT int32_t chiasm_int8_scan_version(void) { return 1; }
+
 /* The fastest path that this processor has: 0 plain, 1 AVX2, 2 AVX-512 with VNNI. */
 EXPORT int chiasm_int8_best(void) { return supported(2) ? 2 : supported(1) ? 1 : 0; }
 

@@ -13,12 +13,14 @@ import functools
 import os
 import sys
 from collections.abc import Callable
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from chiasm.io import compiled
+
+_VERSION = 1  # of the interface of int8_scan.c
 #: Widths are padded to a multiple of this.
 WIDTH_STEP = 64
 #: Longest row: int32 holds the sums.
@@ -85,21 +87,14 @@ def _torch() -> Product | None:
 
 
 def load_library(folder: Path) -> ctypes.CDLL | None:
-    """Return the compiled code of a folder, or None where it is absent or foreign to this machine."""
-    for suffix in EXTENSION_SUFFIXES:
-        path = folder / f"_int8_scan{suffix}"
-        if not path.is_file():
-            continue
-        try:
-            library = ctypes.CDLL(str(path))
-            best, scan = library.chiasm_int8_best, library.chiasm_int8_scan
-        except (OSError, AttributeError):
-            continue
+    """Return the compiled code of a folder, or None where it is absent, foreign to this machine or of another version."""
+    library = compiled.load_library(folder, "int8_scan", version=_VERSION)
+    if library is not None:
+        best, scan = library.chiasm_int8_best, library.chiasm_int8_scan
         best.argtypes, best.restype, scan.restype = [], ctypes.c_int, ctypes.c_int
         pointer, size = ctypes.c_void_p, ctypes.c_int64
         scan.argtypes = [ctypes.c_int, pointer, size, pointer, size, size, pointer, size]
-        return library
-    return None
+    return library
 
 
 def kernel_product(library: ctypes.CDLL, path: int) -> Product:

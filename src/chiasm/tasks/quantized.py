@@ -109,12 +109,13 @@ class Candidates:
 
 
 def row_norms(block: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the norms of raw rows.
+    """Return the norms of raw rows; NaN where squares leave fp32, as dividing by infinity would hide the row.
 
     Raises:
         InputError: A row is all zero.
     """
     norms: NDArray[np.float32] = np.sqrt(np.einsum("nd,nd->n", block, block))
+    norms[np.isinf(norms)] = np.nan
     if (norms < 1e-12).any():
         raise InputError("a row of the corpus is all zero, so it has no direction")
     return norms
@@ -123,7 +124,8 @@ def row_norms(block: NDArray[np.float32]) -> NDArray[np.float32]:
 def not_finite(first: int, last: int) -> InputError:
     """Return the error for damaged values in rows ``first`` to ``last - 1``."""
     return InputError(
-        f"the corpus holds values that are not finite, in rows {first} to {last - 1}", hint="embed these rows again"
+        f"the corpus holds values that are too large or not finite, in rows {first} to {last - 1}",
+        hint="embed these rows again",
     )
 
 
