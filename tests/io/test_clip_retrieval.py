@@ -141,3 +141,11 @@ def test_damaged_folders_get_clear_errors(tmp_path: Path) -> None:
     (folder / "chiasm.json").write_text(json.dumps({"space": {"x": 1}}))
     with pytest.raises(FileFormatError, match="is damaged"):
         read_clip_retrieval(folder)
+
+
+def test_the_precision_survives_the_round_trip(tmp_path: Path) -> None:
+    save_embeddings(tmp_path / "store", replace(make(3, "image"), precision="bf16"))
+    write_clip_retrieval(open_store(tmp_path / "store"), tmp_path / "out")
+    read = read_clip_retrieval(tmp_path / "out")
+    assert read.images is not None
+    assert read.images.precision == "bf16"

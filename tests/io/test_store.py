@@ -367,3 +367,12 @@ def test_the_precision_is_stored_and_left_out_where_it_is_fp32(tmp_path: Path) -
     assert stored_precision(tmp_path / "s") == "bf16"
     save_embeddings(tmp_path / "p", make(3))
     assert stored_precision(tmp_path / "p") == "fp32"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+def test_rows_that_are_read_know_their_precision(tmp_path: Path, precision: str) -> None:
+    save_embeddings(tmp_path / "s", replace(make(4), precision=precision))
+    store = open_store(tmp_path / "s")
+    for read in (store.read("image"), store.read("image", ids=["id2"]), store.read("image", mapped=True)):
+        assert read.precision == precision
+    assert stored_precision(tmp_path / "s") == precision

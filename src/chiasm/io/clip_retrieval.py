@@ -249,6 +249,7 @@ def _embeddings(
         paths=text_column("image_path"),
         patients=text_column("patient"),
         labels=labels,
+        precision=metadata.precision,
     )
     if off < 1e-5:  # as float32 rounds
         return replace(result, normalized=True)

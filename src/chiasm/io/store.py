@@ -72,7 +72,8 @@ class StoreMetadata:
     def of(cls, embeddings: Embeddings, *, preprocess: Mapping[str, Any] | None = None) -> Self:
         """Return the metadata of a store that starts with these embeddings."""
         e = embeddings
-        return cls(e.space, e.normalized, e.logit_scale, e.logit_bias, dict(preprocess or {}), members=e.members)
+        known = dict(preprocess or {})
+        return cls(e.space, e.normalized, e.logit_scale, e.logit_bias, known, members=e.members, precision=e.precision)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -242,6 +243,7 @@ class EmbeddingStore:
             paths=_column(rest, "path"),
             patients=_column(rest, "patient"),
             labels=_labels(rest.get("labels", [])),
+            precision=m.precision,
         )
         if ids is not None:
             place = {id: i for i, id in enumerate(result.ids)}
