@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from chiasm.embed import embed_to_store
+from chiasm.encoders.inference import gate
 from chiasm.encoders.inference.gate import UncheckedPrecisionWarning
 from chiasm.errors import PrecisionRefused
 from chiasm.io.store import open_store
@@ -64,3 +66,29 @@ def test_few_images_are_told_and_a_refusal_stores_nothing(tmp_path: Path) -> Non
     with pytest.raises(PrecisionRefused, match="int8 does not suit this encoder and these images: of 3 images"):
         embed_to_store(encoder.with_precision("int8"), samples, tmp_path / "r", modalities=("image",))
     assert open_store(tmp_path / "r").count() == 0
+
+
+def test_a_run_of_many_small_batches_gives_no_warning(tmp_path: Path) -> None:
+    """The check is complete in the third batch: nothing is left to say."""
+    samples = pictures(tmp_path, 70)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        done = embed_to_store(
+            TinyEncoder().with_precision("int8"), samples, tmp_path / "s", modalities=("image",), batch_size=30
+        )
+    assert done.added == {"image": 70}
+    told: Any = done.precision_check
+    assert (told["images"], told["complete"]) == (64, True)
+    assert open_store(tmp_path / "s").read("image").ids == tuple(s.id for s in samples)
+
+
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_a_late_refusal_stores_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int) -> None:
+    """Refused at the 64th image, around the mean: the vectors of the first 63 must not stay behind."""
+    monkeypatch.setattr(gate, "ALLOWED_CENTRED", -1.0)
+    samples = pictures(tmp_path, 70)
+    quantized = TinyEncoder().with_precision("int8")
+    for _ in range(2):  # nor does it help to go on
+        with pytest.raises(PrecisionRefused, match="of 64 images"):
+            embed_to_store(quantized, samples, tmp_path / "s", modalities=("image",), batch_size=batch_size)
+        assert open_store(tmp_path / "s").count() == 0

@@ -23,7 +23,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
@@ -98,7 +98,15 @@ class ImageStream:
         self.preprocess: Any = encoder.preprocess
 
     def run(self, wanted: Sequence[int]) -> Generator[Vectors]:
-        """Yield vectors; a batch in which nothing is wanted is not touched."""
+        """Yield vectors; a batch in which nothing is wanted is not touched.
+
+        Raises:
+            PrecisionRefused: int8 is too far from float32 on the first 64 images, before any vector is yielded.
+        """
+        with self.encoder.one_run(), closing(self._run(wanted)) as found:
+            yield from _once_checked(self.encoder, found)
+
+    def _run(self, wanted: Sequence[int]) -> Generator[Vectors]:
         cuts: dict[int, list[int]] = {}
         for row in wanted:
             cuts.setdefault(row // self.batch_size, []).append(row)
@@ -139,6 +147,18 @@ class ImageStream:
         if tuple(pixels.shape) != out.shape:
             raise ConfigError(f"the preprocessing gave pixels of shape {tuple(pixels.shape)}, expected {out.shape}")
         out[...] = pixels.numpy()
+
+
+def _once_checked(encoder: Encoder, found: Iterator[Vectors]) -> Iterator[Vectors]:
+    """Hold the vectors of int8 back until its check is complete or there are no more: refused ones are never stored."""
+    waiting: list[Vectors] = []
+    for vectors in found:
+        waiting.append(vectors)
+        check = encoder.precision_check
+        if check is None or check.complete:
+            yield from waiting
+            waiting.clear()
+    yield from waiting
 
 
 def _encode_on_gpu(encoder: Encoder, batches: PixelBatches, device: torch.device) -> Iterator[Vectors]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -80,7 +81,7 @@ class Encoder:
         self._engine: tuple[object, Engine | GpuEngine] | None = None
         self._static_batch: int | None = None
         self._engine_lock = Lock()
-        self._asked: set[Modality] = set()
+        self._batched: set[Modality] = set()
         if precision not in ("fp32", "auto"):
             self.precision  # noqa: B018  an unknown one is told now
 
@@ -185,16 +186,24 @@ class Encoder:
         return other
 
     def prepare(self, *, static_batch: int | None = None) -> Self:
-        """Lay out the weights for speed now, not at the second call; return self.
+        """Lay out the weights for speed now, not at the first batch; return self.
 
         Args:
             static_batch: On a GPU: record a CUDA graph of that many images, into which every batch is cut (see
-                ``encoders.inference.gpu``); None: no graph. On a CPU nothing changes.
+                ``encoders.inference.gpu``); None: as before, at first no graph. On a CPU nothing changes.
         """
-        if static_batch != self._static_batch:
+        if static_batch is not None and static_batch != self._static_batch:
             self._static_batch, self._engine = static_batch, None
         self._fast_form()
         return self
+
+    def one_run(self) -> AbstractContextManager[None]:
+        """Calls that belong together: that int8 was checked on too few images is said at their end, not of the first."""
+        if self.precision != "int8":
+            return nullcontext()
+        engine: Any = self._fast_form()
+        run: AbstractContextManager[None] = engine.gate.one_run()
+        return run
 
     @property
     def precision_check(self) -> PrecisionCheck | None:
@@ -220,6 +229,9 @@ class Encoder:
             raise InputError("int8 is checked on images, got none", hint="give 64 or more of your own")
         for i in range(0, len(images), 8):
             some = images[i : i + 8]
+            if not isinstance(some, Tensor):
+                for item in some:
+                    _check_image_item(item)
             pixels = some if isinstance(some, Tensor) else torch.stack([self.preprocess(_open(x)) for x in some])
             with torch.inference_mode():
                 engine: Any = self._fast_form()
@@ -254,9 +266,7 @@ class Encoder:
         with torch.inference_mode():
             if before is not None:
                 return self._eval().encode_image(pixels, normalize=normalize, prior=before)
-            return self._fast_form(single="image" if len(pixels) == 1 else None).encode_image(
-                pixels, normalize=normalize
-            )
+            return self._fast_form("image", single=len(pixels) == 1).encode_image(pixels, normalize=normalize)
 
     def encode_text(self, tokens: Tensor | Tokens | str | Sequence[str], normalize: bool = False) -> Tensor:
         """Return the embeddings of texts, given as strings, as :class:`Tokens` or as token ids.
@@ -275,7 +285,7 @@ class Encoder:
         with torch.inference_mode():
             if len(ids) == 0:
                 return torch.zeros(0, self.dim, device=self.device)
-            form = self._fast_form(single="text" if len(ids) == 1 else None)
+            form = self._fast_form("text", single=len(ids) == 1)
             return form.encode_text(ids.to(self.device), lengths, normalize=normalize)
 
     def patch_features(self, pixels: Tensor, normalize: bool = True) -> Tensor:
@@ -355,19 +365,20 @@ class Encoder:
                 check_same_space(side, Embeddings(np.zeros((0, self.dim), np.float32), (), self.space, side.modality))
         return _unit_rows(a) @ _unit_rows(b).T
 
-    def _fast_form(self, *, single: Modality | None = None) -> DualEncoder | Engine | GpuEngine:
+    def _fast_form(self, side: Modality | None = None, *, single: bool = False) -> DualEncoder | Engine | GpuEngine:
         """Return what encodes: the model itself, or its fast form, made anew when weights have changed.
 
         Args:
-            single: Of a call with one item: its side. The first such call of a side goes to the model itself, so that
-                whoever asks one question does not wait until all weights are laid out anew (in fp32, where both agree
-                to the last few bits), unless that has been done.
+            side: Which side is asked; None: both will be.
+            single: Whether the call is of one item. In fp32 such calls go to the model itself until a batch comes on
+                their side or :meth:`prepare` is called: whoever asks one question does not wait until all weights are
+                laid out anew, and who asks it twice gets the same bits. Both forms agree to the last few.
         """
         model = self._eval()
         with self._engine_lock:
-            if single is not None and single not in self._asked and self._engine is None and self.precision == "fp32":
-                self._asked.add(single)
+            if single and side not in self._batched and self.precision == "fp32":
                 return model
+            self._batched.update(("image", "text") if side is None else (side,))
             key = (structure_key(model), weights_key(model))
             if self._engine is None or self._engine[0] != key:
                 from chiasm.encoders.inference.engine import make_engine
@@ -419,15 +430,16 @@ class Encoder:
                     part = order[start : start + batch_size]
                     with torch.inference_mode():
                         ids = tokens.ids[part].to(self.device)
-                        form = self._fast_form(single="text" if len(items) == 1 else None)
+                        form = self._fast_form("text", single=len(items) == 1)
                         found = form.encode_text(ids, tokens.lengths[part], normalize=normalize)
                     vectors[[text_rows[int(i)] for i in part]] = found.to(vectors.dtype)
                     progress.advance(len(part))
-            for start in range(0, len(image_rows), batch_size):
-                rows = image_rows[start : start + batch_size]
-                pixels = torch.stack([self.preprocess(_open(items[i])) for i in rows])
-                vectors[rows] = self.encode_image(pixels, normalize=normalize).to(vectors.dtype)
-                progress.advance(len(rows))
+            with self.one_run() if image_rows else nullcontext():
+                for start in range(0, len(image_rows), batch_size):
+                    rows = image_rows[start : start + batch_size]
+                    pixels = torch.stack([self.preprocess(_open(items[i])) for i in rows])
+                    vectors[rows] = self.encode_image(pixels, normalize=normalize).to(vectors.dtype)
+                    progress.advance(len(rows))
         finally:
             progress.finish()
         return vectors

@@ -145,6 +145,46 @@ def test_few_images_are_warned_about_once() -> None:
     assert gate.check.complete
 
 
+def two_calls_of(gate: Gate, x: torch.Tensor, error: Exception | None = None) -> None:
+    with gate.one_run():
+        gate.see(x, x)
+        gate.see(x, x)
+        if error is not None:
+            raise error
+
+
+def test_one_run_is_judged_at_its_end() -> None:
+    gate, x = gate_of(), vectors(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with gate.one_run():  # no images: nothing to say
+            pass
+        with gate.one_run(), gate.one_run():
+            for _ in range(3):
+                gate.see(x, x)
+        gate.see(x, x)
+    assert gate.check.complete
+    gate = gate_of()
+    with pytest.warns(UncheckedPrecisionWarning, match="on 6 images so far, a full check takes 8"):
+        two_calls_of(gate, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gate.see(x[:1], x[:1])  # once is enough
+
+
+def test_a_run_that_fails_says_so_alone() -> None:
+    gate, x = gate_of(), vectors(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(PrecisionRefused), gate.one_run():
+            gate.see(x, off_by(x, 1e-3))
+        gate = gate_of()
+        with pytest.raises(KeyError):
+            two_calls_of(gate, x, error=KeyError())
+    with pytest.warns(UncheckedPrecisionWarning):  # the run is over
+        gate.see(x, x)
+
+
 def test_many_threads_see_each_image_once() -> None:
     gate, x = gate_of(40), vectors(5)
     refused: list[Exception] = []
@@ -257,7 +297,25 @@ def test_a_check_beforehand_silences_the_warning(encoder: Encoder, tmp_path: Pat
     assert (few.images, few.complete) == (2, False)
 
 
+def test_many_items_are_one_run(encoder: Encoder) -> None:
+    quantized = encoder.with_precision("int8")
+    draw = np.random.default_rng(0)
+    pictures = [Image.fromarray(draw.integers(0, 255, (32, 32, 3), dtype=np.uint8)) for _ in range(66)]
+    with pytest.warns(UncheckedPrecisionWarning, match="on 5 images so far"):
+        quantized.encode([*pictures[:5], "a text"], batch_size=2)
+    quantized = encoder.with_precision("int8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quantized.encode(["a text"])
+        quantized.encode(pictures, batch_size=8)
+    assert quantized.precision_check is not None
+    assert quantized.precision_check.complete
+    assert type(encoder.one_run()).__name__ == "nullcontext"
+
+
 def test_what_cannot_be_checked(encoder: Encoder) -> None:
+    with pytest.raises(InputError, match="cannot embed a str"):
+        encoder.with_precision("int8").check_precision(["a.png"])  # type: ignore[list-item]
     with pytest.raises(ConfigError, match="only int8 is checked on images, the precision is `fp32`"):
         encoder.check_precision(pixels(1))
     with pytest.raises(InputError, match="int8 is checked on images, got none"):

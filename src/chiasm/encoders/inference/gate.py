@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
 
@@ -77,6 +78,7 @@ class Gate:
         self._needed = needed
         self._lock = Lock()
         self._warned = False
+        self._runs = 0
         self._vectors: list[tuple[Tensor, Tensor]] = []
         self._check = PrecisionCheck(0, 0.0, None, False)
 
@@ -85,13 +87,25 @@ class Gate:
         """What was seen so far."""
         return self._check
 
+    @contextmanager
+    def one_run(self) -> Iterator[None]:
+        """Calls that belong together: whether they were too few images is asked, and told, at their end."""
+        with self._lock:
+            self._runs += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._runs -= 1
+        self._tell(self._check)
+
     def see(self, pixels: Tensor, found: Tensor, *, warn: bool = True) -> None:
         """Compare as many images as are still wanted.
 
         Args:
             pixels: (batch, 3, size, size).
             found: Their int8 vectors, (batch, dim), not normalised.
-            warn: Whether to say, once, that the check is not complete yet.
+            warn: Whether to say, once, that the check is not complete yet; within :meth:`one_run` nothing is said.
 
         Raises:
             PrecisionRefused: int8 is too far from float32, now or in an earlier call.
@@ -103,16 +117,22 @@ class Gate:
         if not check.complete and len(pixels):
             with self._lock:
                 check = self._look(pixels, found)
-                warn = warn and not check.complete and not self._warned
-                self._warned = self._warned or warn
-            if warn and check.passed:
-                warnings.warn(
-                    f"int8 was compared with float32 on {check.images} images so far, a full check takes {self._needed}",
-                    UncheckedPrecisionWarning,
-                    stacklevel=4,
-                )
+            if warn and not self._runs:
+                self._tell(check)
         if not check.passed:
             raise _refusal(check)
+
+    def _tell(self, check: PrecisionCheck) -> None:
+        if not check.images or check.complete or not check.passed:
+            return
+        with self._lock:
+            told, self._warned = self._warned, True
+        if not told:
+            warnings.warn(
+                f"int8 was compared with float32 on {check.images} images so far, a full check takes {self._needed}",
+                UncheckedPrecisionWarning,
+                stacklevel=5,
+            )
 
     def _look(self, pixels: Tensor, found: Tensor) -> PrecisionCheck:
         check = self._check
