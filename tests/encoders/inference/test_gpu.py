@@ -38,7 +38,8 @@ class Graphs:
 
     def __init__(self) -> None:
         self.warmed = self.replays = 0
-        self.work: Callable[[], None] | None = None
+        self.work: Callable[[], object] | None = None
+        self.streams: list[Any] = []
 
     def CUDAGraph(self) -> Any:
         def replay() -> None:
@@ -49,7 +50,8 @@ class Graphs:
         return SimpleNamespace(replay=replay)
 
     def Stream(self, device: Any) -> Any:
-        return SimpleNamespace(wait_stream=lambda other: None)
+        self.streams.append(SimpleNamespace(wait_stream=lambda other: None, device=device))
+        return self.streams[-1]
 
     def current_stream(self, device: Any) -> Any:
         return SimpleNamespace(wait_stream=lambda other: None)
@@ -57,14 +59,19 @@ class Graphs:
     def stream(self, stream: Any) -> Any:
         return nullcontext()
 
-    def graph(self, graph: Any) -> Any:
+    def device(self, device: Any) -> Any:
+        return nullcontext()
+
+    def graph(self, graph: Any, *, stream: Any, capture_error_mode: str) -> Any:
+        assert stream is self.streams[-1]  # the one that was warmed up, on the device of the example
+        assert capture_error_mode == "thread_local"
         return nullcontext()
 
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> Graphs:
     found = Graphs()
-    for name in ("CUDAGraph", "Stream", "current_stream", "stream", "graph"):
+    for name in ("CUDAGraph", "Stream", "current_stream", "stream", "graph", "device"):
         monkeypatch.setattr(torch.cuda, name, getattr(found, name))
     return found
 
@@ -181,6 +188,7 @@ def test_a_graph_is_recorded_once_and_replayed(graphs: Graphs) -> None:
     assert len(calls) == gpu.WARM_UP + 1
     static(x.double())
     assert len(calls) == 2 * (gpu.WARM_UP + 1)  # another type, another graph
+    assert [stream.device for stream in graphs.streams] == [x.device] * 2
 
 
 @torch.inference_mode()

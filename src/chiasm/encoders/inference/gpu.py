@@ -138,7 +138,8 @@ def recorded(call: Callable[[Tensor], Tensor], example: Tensor) -> Callable[[Ten
             call(place)
     torch.cuda.current_stream(example.device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # On the stream of this device, not of the current one; other threads may reserve page-locked memory meanwhile.
+    with torch.cuda.device(example.device), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         result = call(place)
 
     def replay(x: Tensor) -> Tensor:
