@@ -167,6 +167,17 @@ def test_few_candidates_on_clusters_and_in_a_cone() -> None:
         assert quantized._wants_fine(corpus, vectors[:20], 10, best_product()).all() == (kind == "cone")  # type: ignore[arg-type]
 
 
+def test_long_rows_of_equal_values_do_not_overflow(make: Make) -> None:
+    signs = np.where(np.random.default_rng(0).random((200, 2048)) < 0.5, -1, 1).astype(np.float32)
+    corpus = make(signs)  # 2,048 products of 127 and 127 * 128 would pass 2^31
+    for queries in (corpus.select([17, 90]), make(-signs[[17, 90]])):
+        expected = Searcher(corpus, engine="fp32").search(queries, 3)
+        found = find_candidates(quantize(signs, normalized=False), queries.normalize().vectors, 3)
+        for q in range(2):
+            assert set(expected.rows[q]) <= set(found.row[found.query == q])
+        same(Searcher(corpus, engine="int8").search(queries, 3), expected)
+
+
 def test_damage_is_told_as_by_fp32(make: Make) -> None:
     vectors = np.tile(np.eye(8, dtype=np.float32), (1000, 1))
     vectors[7998, 0] = np.nan
