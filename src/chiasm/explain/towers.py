@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from chiasm.data.tokens import warn_if_cut
 from chiasm.encoders.dual import ProjectedImageTower
 from chiasm.encoders.resnet import ModifiedResNet
 from chiasm.encoders.vit import VisionTransformer
@@ -83,7 +84,10 @@ def text_direction(encoder: Encoder, text: str | Sequence[str], against: Sequenc
     texts = [*positive, *against]
     if not positive or not all(t.strip() for t in texts):
         raise InputError("a heat map needs a text, got an empty one")
-    unit = F.normalize(encoder.encode_text(texts).float(), dim=-1)
+    tokens = warn_if_cut(encoder.tokenizer.encode(texts))
+    with torch.inference_mode():  # by the model itself, as the map is: in float32, whatever the encoder's precision
+        found = encoder.model.eval().encode_text(tokens.ids.to(encoder.device), tokens.lengths)
+    unit = F.normalize(found.float(), dim=-1)
     direction = F.normalize(unit[: len(positive)].mean(0), dim=-1)
     if against:
         direction = direction - F.normalize(unit[len(positive) :].mean(0), dim=-1)
