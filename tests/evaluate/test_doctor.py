@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from chiasm.encoders import precision
+from chiasm.errors import ConfigError
 from chiasm.evaluate import doctor
 from chiasm.testing import TinyEncoder
 
@@ -103,3 +104,26 @@ def test_what_was_not_compiled_is_named() -> None:
 @pytest.mark.parametrize("module", ["instant_clip_tokenizer", "simplejpeg", "isal"])
 def test_every_module_of_the_extra_fast_is_looked_for(module: str) -> None:
     assert module in doctor.OPTIONAL["fast"]
+
+
+def test_int8_is_compared_on_phantoms() -> None:
+    encoder = TinyEncoder(0)
+    check = doctor.check_int8(encoder)
+    assert (check.name, check.state) == ("int8", "ok")
+    assert check.detail.startswith("of 64 phantoms the vector furthest from float32 is off by a 1 - cosine of ")
+    with torch.no_grad():
+        for block in encoder.model.visual.transformer.resblocks:  # type: ignore[union-attr]
+            block.ln_1.weight[3] *= 3000  # type: ignore[union-attr, index, operator]
+            block.attn.in_proj_weight[:, 3] = 0.0  # type: ignore[union-attr, index, operator]
+    refused = doctor.check_int8(encoder)
+    assert refused.state == "wrong"
+    assert refused.detail.startswith("int8 does not suit this encoder")
+    assert refused.hint == "use precision `bf16` or `fp32`"
+    without = doctor.check_int8(TinyEncoder(kind="resnet"))
+    assert without.state == "wrong"
+    assert "has no int8 form" in without.detail
+
+
+def test_a_precision_that_is_not_compared_is_refused() -> None:
+    with pytest.raises(ConfigError, match="only `int8` is compared with float32 here, got `bf16`"):
+        doctor.examine_model("absent", precision="bf16")

@@ -77,7 +77,8 @@ def test_what_is_missing_and_what_is_too_much_is_counted_and_named() -> None:
 
 def test_a_folder_of_chiasm_passes_and_is_recorded(tmp_path: Path, home: Path) -> None:
     save_encoder(TinyEncoder(0), tmp_path / "model")
-    found = by_name(examine_model(tmp_path / "model"))
+    found = by_name(examine_model(tmp_path / "model", precision="int8"))
+    assert "phantoms" in found.pop("int8").detail
     assert {c.state for c in found.values()} == {"ok"}, found
     assert "safetensors" in found["container"].detail
     assert "encoder.json" in found["family"].detail

@@ -16,6 +16,7 @@ def run(
     family: FamilyOption = None,
     device: DeviceOption = "cpu",
     allow_code: CodeOption = False,
+    precision: Annotated[str, typer.Option("--precision", help="int8: also compare it with float32.")] = "fp32",
     as_json: JsonOption = False,
 ) -> None:
     """Check and print; a check that is wrong makes the exit code 1."""
@@ -32,8 +33,9 @@ def run(
         from chiasm.cli.inputs import members_of
 
         model_checks = examine_model(
-            members_of(model), device=device, family=family, pretrained=pretrained, allow_code=allow_code
-        )
+            members_of(model), device=device, family=family, pretrained=pretrained, allow_code=allow_code,
+            precision=precision,
+        )  # fmt: skip
     everything = [*checks, *model_checks]
     if as_json:
         print_json({**environment, "checks": [c.to_dict() for c in everything]})
