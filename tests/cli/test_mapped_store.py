@@ -35,3 +35,12 @@ def test_large_stores_are_mapped_for_searching(tmp_path: Path, monkeypatch: pyte
     found = open_vectors(store=tmp_path, table=None, mapped=True)
     assert mapped_file(found.vectors) is None
     np.testing.assert_array_equal(found.vectors, rows.vectors)
+
+
+def test_a_file_in_the_way_of_the_copy_stops_no_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_embeddings(tmp_path, Embeddings(np.eye(4), tuple("abcd"), Space("tiny", "0", "1", 4), "image"))
+    (tmp_path / "search").write_text("")
+    monkeypatch.setattr(cli_vectors, "MAPPED_VALUES", 1)
+    found = open_vectors(store=tmp_path, table=None, mapped=True)
+    assert found.ids == tuple("abcd")
+    assert (tmp_path / "search").is_file()

@@ -158,7 +158,7 @@ def _stored(
         with open_store(store) as opened:
             found = None
             if mapped and opened.count(side) * opened.space.dim >= MAPPED_VALUES:
-                with suppress(InputError):  # no room, or a store of somebody else
+                with suppress(InputError, OSError):  # no room, or a store of somebody else
                     found = opened.read(side, mapped=True)
             found = opened.read(side) if found is None else found
     if found is None or not len(found):
