@@ -372,3 +372,53 @@ def test_available_cpus_are_what_affinity_and_cgroup_grant(tmp_path: Path, monke
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: None)
     assert available_cpus() == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 24),
+    size=st.integers(1, 3),
+    bad=st.sets(st.integers(0, 23)),
+    workers=st.integers(0, 2),
+    ahead=st.integers(0, 2),
+    held=st.integers(1, 3),
+)
+def test_batches_without_a_good_row_do_not_give_a_slot_away_that_is_held(
+    n: int, size: int, bad: set[int], workers: int, ahead: int, held: int
+) -> None:
+    def fill(row: int, out: NDArray[np.float32]) -> None:
+        out[...] = row  # a bad row may have written before it fails
+        if row in bad:
+            raise InputError("no image")
+
+    kept: deque[Any] = deque()
+    seen: list[int] = []
+    options = {"workers": workers, "ahead": ahead, "held": held}
+    samples = [Sample(id=str(i), text="x") for i in range(n)]
+    cut = [list(range(k, min(k + size, n))) for k in range(0, n, size)]
+    for batch in PixelBatches(samples, cut, fill=fill, shape=SHAPE, **options):  # type: ignore[arg-type]
+        seen.extend(batch.rows)
+        kept.append(batch)
+        if len(kept) == held:
+            for one in kept:
+                assert one.pixels[:, 0, 0, 0].tolist() == list(one.rows)
+            kept.popleft()
+    assert seen == [row for row in range(n) if row not in bad]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_three_bad_batches_behind_a_held_one(workers: int) -> None:
+    def fill(row: int, out: NDArray[np.float32]) -> None:
+        out[...] = row
+        if row in (1, 2, 3):
+            raise InputError("no image")
+
+    batches = PixelBatches(
+        [Sample(id=str(i), text="x") for i in range(6)], [[i] for i in range(6)], fill=fill, shape=SHAPE,
+        workers=workers, ahead=1, held=2,
+    )  # fmt: skip
+    run = iter(batches)
+    first, second = next(run), next(run)
+    assert (first.rows, second.rows) == ((0,), (4,))
+    assert (first.pixels == 0).all()
+    assert (second.pixels == 4).all()

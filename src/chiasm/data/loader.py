@@ -182,8 +182,8 @@ class PixelBatch(NamedTuple):
 class PixelBatches:
     """Iterate over batches of pixels that threads write into a ring of ``ahead + held`` batches allocated beforehand.
 
-    Image i of batch k is written at place i of slot k modulo the length of the ring. The slot of a batch is given away
-    only when the consumer asks for the batch after it (the ``held``-th batch after it), so no pixel changes while it is read, a slow consumer holds the
+    Image i of a batch is written at place i of a free slot. The slot of a batch that was handed out is free again only when
+    the consumer asks for the batch after it (the ``held``-th that it gets after it), so no pixel changes while it is read, a slow consumer holds the
     decoders back, and memory is that of the ring (each slot ``4 * 3 * size² * longest batch`` bytes) plus one decoded
     image a thread, however many samples there are. The threads end with the iteration: at its end, on an error, on
     Ctrl-C, and when the iterator is dropped.
@@ -240,28 +240,40 @@ class PixelBatches:
             return
         ahead = self.ahead if self.workers else 0
         slots = self._allocate(min(ahead + self.held, len(self.batches)))
+        free, lent = deque(slots), deque[Any]()
+
+        def lend(rows: list[int], slot: torch.Tensor, calls: Sequence[Callable[[], None]]) -> Iterator[PixelBatch]:
+            batch = self._gather(rows, slot, calls)
+            if batch is None:
+                free.append(slot)
+                return
+            lent.append(slot)
+            yield batch
+            if len(lent) == self.held:  # the consumer asks for more, so it has at most ``held - 1`` batches left
+                free.append(lent.popleft())
+
         if self.workers == 0:
-            for number, rows in enumerate(self.batches):
-                chosen = slots[number % len(slots)]
+            for rows in self.batches:
+                chosen = free.popleft()
                 slot = chosen.numpy()
-                yield from self._gather(rows, chosen, [partial(self.fill, row, slot[i]) for i, row in enumerate(rows)])
+                yield from lend(rows, chosen, [partial(self.fill, row, slot[i]) for i, row in enumerate(rows)])
             return
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="chiasm-loader")
-        pending: deque[list[Future[None]]] = deque()
-        upcoming = iter(enumerate(self.batches))
+        pending: deque[tuple[torch.Tensor, list[Future[None]]]] = deque()
+        upcoming = iter(self.batches)
 
         def refill() -> None:
-            # Called when the consumer has at most ``held - 1`` batches left, so that many slots are not free.
-            while len(pending) <= ahead and (found := next(upcoming, None)) is not None:
-                number, rows = found
-                slot = slots[number % len(slots)].numpy()
-                pending.append([pool.submit(self.fill, row, slot[i]) for i, row in enumerate(rows)])
+            # At most ``held - 1`` slots are lent by now, so one is free for each of the others.
+            while len(pending) <= ahead and (rows := next(upcoming, None)) is not None:
+                chosen = free.popleft()
+                slot = chosen.numpy()
+                pending.append((chosen, [pool.submit(self.fill, row, slot[i]) for i, row in enumerate(rows)]))
 
         try:
-            for number, rows in enumerate(self.batches):
+            for rows in self.batches:
                 refill()
-                calls: list[Callable[[], None]] = [future.result for future in pending.popleft()]
-                yield from self._gather(rows, slots[number % len(slots)], calls)
+                chosen, futures = pending.popleft()
+                yield from lend(rows, chosen, [future.result for future in futures])
         finally:
             # Reached at the end, on an error, on Ctrl-C and when the consumer drops the iterator.
             pool.shutdown(wait=True, cancel_futures=True)
@@ -273,8 +285,8 @@ class PixelBatches:
         # One by one: torch aligns each, and the bits of a matrix product may depend on how its input is aligned.
         return [torch.empty(longest, *self.shape, dtype=torch.float32, pin_memory=self.pinned) for _ in range(n)]
 
-    def _gather(self, rows: list[int], slot: torch.Tensor, calls: Sequence[Callable[[], None]]) -> Iterator[PixelBatch]:
-        """Wait for every row of a batch, close the gaps that bad rows leave, and yield it unless nothing is left."""
+    def _gather(self, rows: list[int], slot: torch.Tensor, calls: Sequence[Callable[[], None]]) -> PixelBatch | None:
+        """Wait for every row of a batch and close the gaps that bad rows leave; None when nothing is left."""
         kept: list[int] = []
         for place, (row, call) in enumerate(zip(rows, calls, strict=True)):
             if _settle(self.samples, row, call, self.on_bad, self.rejects):
@@ -282,8 +294,7 @@ class PixelBatches:
         for to, place in enumerate(kept):
             if to != place:
                 slot[to] = slot[place]
-        if kept:
-            yield PixelBatch(tuple(rows[place] for place in kept), slot[: len(kept)])
+        return PixelBatch(tuple(rows[place] for place in kept), slot[: len(kept)]) if kept else None
 
 
 def available_cpus() -> int:
