@@ -153,10 +153,12 @@ def test_two_readers_that_map_at_once_both_get_their_vectors(tmp_path: Path, mon
             other = threading.Thread(target=map_vectors, args=(folder, "a", (6, 4), blocks))
             other.start()
             other.join()
+            (folder / "int8").mkdir()  # and what it goes on to make of them
 
     monkeypatch.setattr(shutil, "rmtree", beaten)
     np.testing.assert_array_equal(map_vectors(folder, "a", (6, 4), blocks), vectors)
     assert [f.name for f in tmp_path.iterdir()] == ["image"]
+    assert (folder / "int8").is_dir()
 
 
 def test_a_place_fought_over_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
