@@ -179,6 +179,9 @@ def report(script: str, cases: list[Case], options: argparse.Namespace, packages
         cases: Its rows; kept rows of other names in the file stay.
         options: Of :func:`add_options`.
         packages: Distributions whose versions the rows name.
+
+    Raises:
+        SystemExit: After all that: a row of ``--case`` is none of the script's.
     """
     machine = describe_machine(["chiasm", "torch", "numpy", *packages])
     if "torch" in sys.modules:
@@ -193,10 +196,15 @@ def report(script: str, cases: list[Case], options: argparse.Namespace, packages
         print_table(script, [row for row in rows if kind in row])
     lines = {c.name: json.dumps(c.to_dict(machine)) for c in cases}
     if options.json:
-        print("\n".join(lines.values()))
-    if options.keep:
+        print(*lines.values(), sep="\n", end="\n" if lines else "")
+    if options.keep and lines:
         path = RESULTS / f"{script}.jsonl"
         kept = path.read_text().splitlines() if path.exists() else []
         names = {json.loads(line)["name"]: line for line in kept} | lines
         RESULTS.mkdir(exist_ok=True)
         path.write_text("\n".join(names.values()) + "\n")
+    unknown = [name for name in getattr(options, "case", None) or [] if name not in lines]
+    if unknown:
+        sys.exit(
+            f"error: {script}.py measured no row `{unknown[0]}`\nhint: rows with a floor: {', '.join(SCRIPTS[script])}"
+        )

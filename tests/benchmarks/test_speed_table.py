@@ -254,3 +254,17 @@ def test_a_failing_script_is_told_and_the_others_run(bench: dict[str, ModuleType
     )
     assert failed == {"bad": "ended with status 3", "absent": "there is no such script", "slow": "stopped after 1 s"}
     assert (tmp_path / "good.py.said").read_text() == "PASSIVE --json --keep --case row"
+
+
+def test_a_row_that_a_script_does_not_have_is_told(
+    bench: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases = bench["cases"]
+    monkeypatch.setattr(cases, "RESULTS", tmp_path)
+    options = argparse.Namespace(json=True, keep=True, case=["serch_batch"])
+    with pytest.raises(SystemExit) as stop:
+        cases.report("search", [], options, [])
+    assert "no row `serch_batch`" in str(stop.value)
+    assert "search_batch, search_single" in str(stop.value)
+    assert capsys.readouterr().out == ""
+    assert not list(tmp_path.iterdir())
