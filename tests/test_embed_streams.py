@@ -309,6 +309,11 @@ def test_a_text_that_is_refused_is_told_after_the_windows_before_it() -> None:
     assert not own_threads()
 
 
+def test_windows_of_texts_are_cut_by_position_whatever_is_wanted() -> None:
+    found = list(text_stream([f"t{i}" for i in range(15)], Watched()).run([3, 4, 5, 6, 7, 12, 13, 14]))
+    assert [f.rows for f in found] == [[3, 4, 5], [6, 7], [12, 13, 14]]  # windows of six, as in a run without a break
+
+
 def test_tokenizing_is_one_window_ahead_and_ends_with_the_consumer(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = Watched()
     asked: list[int] = []

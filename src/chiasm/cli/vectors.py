@@ -15,7 +15,7 @@ import numpy as np
 import typer
 
 from chiasm.cli.output import check_output, make_progress
-from chiasm.errors import InputError, missing_column
+from chiasm.errors import FileFormatError, InputError, missing_column
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -158,7 +158,9 @@ def _stored(
         with open_store(store) as opened:
             found = None
             if mapped and opened.count(side) * opened.space.dim >= MAPPED_VALUES:
-                with suppress(InputError, OSError):  # no room, or a store of somebody else
+                with suppress(
+                    InputError, FileFormatError, OSError
+                ):  # no room, a store of somebody else, or fought over
                     found = opened.read(side, mapped=True)
             found = opened.read(side) if found is None else found
     if found is None or not len(found):
