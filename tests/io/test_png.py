@@ -285,3 +285,17 @@ def test_from_file_to_tensor_no_bit_changes(mode: str, tmp_path: Path) -> None:
     path.write_bytes(packed(mode, (150, 120))[:900])
     with pytest.raises(FileFormatError, match=r"image `film\.png` is damaged"):
         open_image(path)
+
+
+@pytest.mark.parametrize("inflater", ["isal.isal_zlib", "zlib"])
+def test_only_a_whole_stream_of_the_expected_length_is_unpacked(monkeypatch: pytest.MonkeyPatch, inflater: str) -> None:
+    module = pytest.importorskip(inflater)
+    monkeypatch.setattr(png, "_inflater", lambda: module)
+    raw = bytes(range(256)) * 9
+    packed = zlib.compress(raw)
+    assert png._inflate(packed, len(raw)) == raw
+    wrong = packed[:-1] + bytes([packed[-1] ^ 1])
+    for damaged in (packed[:-1], packed[:-4], packed + b"x", wrong, b""):
+        assert png._inflate(damaged, len(raw)) is None
+    assert png._inflate(packed, len(raw) - 1) is None
+    assert png._inflate(packed, len(raw) + 1) is None
