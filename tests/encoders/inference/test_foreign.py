@@ -260,3 +260,12 @@ def test_a_text_tower_with_few_ids() -> None:
         side.transformer.model.embeddings.word_embeddings = nn.Embedding(3, 32)
     with pytest.raises(NotPackable, match="cannot be tried: IndexError"):
         foreign_text_form(side.eval(), BF16)
+
+
+def test_a_linear_layer_with_a_forward_of_its_own_is_not_packed() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)).eval()
+    module[0].forward = lambda x: x * 2  # type: ignore[method-assign]
+    twin = make_twin(module, torch.bfloat16)
+    x = torch.ones(2, 8)
+    assert torch.equal(twin[0](x), x * 2)
+    assert type(twin[1]) is not torch.nn.Linear

@@ -185,6 +185,14 @@ def test_a_run_that_fails_says_so_alone() -> None:
         gate.see(x[:1], x[:1])
 
 
+def test_the_worst_image_counts_not_the_last() -> None:
+    gate, x = gate_of(), vectors(4)
+    gate.see(x, off_by(x, 3e-4), warn=False)
+    gate.see(x, off_by(x, 1e-5), warn=False)
+    assert gate.check.cos == pytest.approx(3e-4, rel=1e-3)
+    assert gate._look(x, off_by(x, 1e-3)) == gate.check  # a thread that waited while another completed the check
+
+
 def test_many_threads_see_each_image_once() -> None:
     gate, x = gate_of(40), vectors(5)
     refused: list[Exception] = []
