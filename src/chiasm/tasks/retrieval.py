@@ -148,7 +148,7 @@ class Searcher:
         corpus: At least one row. Its vectors must not be changed afterwards.
         engine: ``int8`` keeps an int8 copy, a quarter of the vectors' size; ``fp32`` none; ``auto``: int8 from 16
             million values on, where this machine has an exact int8 product.
-        folder: Keep the copy there, memory-mapped, and find it there again. None: in memory, or beside the vectors that
+        folder: Keep the copy there, memory-mapped, and find it there again; a new or empty folder. None: in memory, or beside the vectors that
             are mapped from a store.
 
     Attributes:
