@@ -275,3 +275,14 @@ def test_an_unknown_row_is_refused_by_the_lengths():
 def test_attention_in_row_mode_needs_rows():
     with pytest.raises(AssertionError):
         Attention(8, 2)(torch.zeros(1, 3, 8), mode="row")
+
+
+def test_the_slope_that_can_be_differentiated_again_is_the_same() -> None:
+    from chiasm.encoders.transformer import QuickGELU
+
+    x = torch.linspace(-6, 6, 50, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(QuickGELU(), x)
+    assert torch.autograd.gradgradcheck(QuickGELU(), x)
+    (plain,) = torch.autograd.grad(QuickGELU()(x).sum(), x)
+    (again,) = torch.autograd.grad(QuickGELU()(x).sum(), x, create_graph=True)
+    torch.testing.assert_close(again, plain)
