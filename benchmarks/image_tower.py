@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import cases
@@ -25,11 +24,10 @@ timing.wait_passively()
 import open_clip  # noqa: E402 (after wait_passively)
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from random_model import make_encoder  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from chiasm.encoders.base import Encoder  # noqa: E402
-from chiasm.encoders.build import build_encoder_model  # noqa: E402
-from chiasm.encoders.models.openai import ARCHITECTURES  # noqa: E402
 
 Call = Callable[[Tensor], Tensor]
 PEER = "open_clip_torch fp32"
@@ -43,16 +41,6 @@ BOUNDS = {
 CENTRED_BOUNDS = {"bf16": 1e-3, "int8": 1e-2}
 #: Images of which the errors are told; half of them of a hundredth of the contrast.
 CHECKED = 32
-
-
-def make_encoder() -> Encoder:
-    config = replace(ARCHITECTURES["ViT-B-32-quickgelu"], sides="image")
-    model = build_encoder_model(config, seed=0).eval()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name.endswith(("attn.in_proj_weight", "mlp.c_fc.weight")):
-                weight.mul_(1.5)
-    return Encoder(model, config, name="random-ViT-B-32")
 
 
 def open_clip_tower(encoder: Encoder) -> nn.Module:
@@ -200,7 +188,7 @@ def main() -> None:
     )
     parser.add_argument("--onnx", action="store_true", help="also ONNX Runtime on our graph (half a minute to export)")
     options = parser.parse_args()
-    encoder = make_encoder()
+    encoder = make_encoder("image")
     peer = open_clip_tower(encoder)
     names = [n for n in cases.SCRIPTS["image_tower"] if not options.case or n in options.case]
     cases.report("image_tower", [measure(n, encoder, peer, options) for n in names], options, PACKAGES)

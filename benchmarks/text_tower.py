@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import replace
 
 import cases
 import timing
@@ -23,12 +22,11 @@ timing.wait_passively()
 import open_clip  # noqa: E402 (after wait_passively)
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from random_model import make_encoder  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from chiasm.data.tokens import Tokens  # noqa: E402
 from chiasm.encoders.base import Encoder  # noqa: E402
-from chiasm.encoders.build import build_encoder_model  # noqa: E402
-from chiasm.encoders.models.openai import ARCHITECTURES  # noqa: E402
 
 Call = Callable[[], Tensor]
 PEER = "open_clip_torch fp32"
@@ -40,16 +38,6 @@ CONTEXT, START, END = 77, 49406, 49407
 SETS = {"prompts": (32, 8, 16), "captions": (32, 20, 30), "mixed": (32, 8, 77), "one": (1, 10, 10), "full": (8, 77, 77)}
 #: What is to be reached against transformers.
 RIVAL_FLOORS = {"prompts": 1.4, "captions": 1.3, "mixed": 2.0}
-
-
-def make_encoder() -> Encoder:
-    config = replace(ARCHITECTURES["ViT-B-32-quickgelu"], sides="text")
-    model = build_encoder_model(config, seed=0).eval()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name.endswith(("attn.in_proj_weight", "mlp.c_fc.weight")):
-                weight.mul_(1.5)
-    return Encoder(model, config, name="random-ViT-B-32")
 
 
 def make_tokens(name: str) -> Tokens:
@@ -155,7 +143,7 @@ def main() -> None:
     cases.add_options(parser)
     parser.add_argument("--one", action="store_true", help="also one prompt of 10 tokens, and 8 texts of 77")
     options = parser.parse_args()
-    encoder = make_encoder()
+    encoder = make_encoder("text")
     peer = open_clip_model(encoder)
     names = list(cases.SCRIPTS["text_tower"])
     if options.one:
